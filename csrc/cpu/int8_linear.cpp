@@ -1,0 +1,199 @@
+// The table {Path -> functions}, and what all paths share: packing, the split over threads, the order of the tiles.
+//
+// 1. The output is cut into a grid of row and panel ranges, one cell a thread; a thread quantizes its own rows, so no
+//    barrier is needed (a barrier that waits for a descheduled thread costs milliseconds).
+// 2. Rows go in blocks whose quantized form stays in the second-level cache.
+// 3. Per group of panels, all row tiles of the block run while the panels are in the first-level cache.
+// 4. Each tile's sums go through the epilogue while they are in the first-level cache.
+
+#include "int8_linear.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "threads.h"
+
+namespace tcompress::cpu {
+namespace {
+
+constexpr int64_t kBlockBytes = 128 << 10;      // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kMinMacsPerThread = 1 << 18;  // about 5 us of work; starting a thread costs 1 to 2 us
+constexpr int64_t kCacheLine = 64;
+constexpr double kQuantizeMacs = 32;  // quantizing one element costs about as much as this many multiplications
+
+const Int8LinearPath& path_table(Path path) {
+  switch (path) {
+#if defined(__x86_64__)
+    case Path::kAvx2:
+      return kInt8LinearAvx2;
+    case Path::kAvx512Vnni:
+      return kInt8LinearAvx512Vnni;
+#endif
+    default:
+      return kInt8LinearScalar;
+  }
+}
+
+struct Grid {
+  int rows, panels;
+};
+
+// The cell counts whose largest cell costs least.
+Grid choose_grid(int64_t m, int64_t n_groups, int64_t group_columns, int max_rows, int threads) {
+  Grid best{1, 1};
+  double best_cost = -1;
+  for (int r = 1; r <= threads; ++r) {
+    const int c = threads / r;
+    const double cell_rows = static_cast<double>(round_up(ceil_div(m, r), max_rows < m ? max_rows : m));
+    const double cell_columns = static_cast<double>(ceil_div(n_groups, c) * group_columns);
+    const double cost = cell_rows * (cell_columns + kQuantizeMacs);
+    if (best_cost < 0 || cost < best_cost) {
+      best_cost = cost;
+      best = {r, c};
+    }
+  }
+  return best;
+}
+
+// Grows and is kept: a fresh allocation of this size would fault in its pages at every call.
+uint8_t* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local int64_t capacity = 0;
+  if (capacity < bytes) {
+    capacity = 0;
+    buffer.reset(std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine)));
+    if (!buffer) throw std::bad_alloc();
+    capacity = bytes;
+  }
+  return static_cast<uint8_t*>(buffer.get());
+}
+
+// One cell of the grid: rows [m0, m1), panels [p0, p1).
+struct Cell {
+  int64_t m0, m1, p0, p1;
+};
+
+struct Workspace {
+  uint8_t* a;    // [block_rows][a_stride]
+  float* scale;  // [block_rows]
+  int32_t* zero_point;
+};
+
+struct Plan {
+  const Int8LinearPath& path;
+  void (*tile)(const Int8TileArgs&);
+  void (*epilogue)(const EpilogueArgs&);
+  int64_t k_padded, a_stride, n_panels, block_rows;
+  int64_t x_row_bytes, y_element_bytes;
+};
+
+void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspace& work, int64_t m0, int64_t rows) {
+  const uint8_t flip = args.act_symmetric ? plan.path.symmetric_flip : 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
+    plan.path.quantize_row({x, args.x_dtype, args.k, args.act_bits, args.act_symmetric, flip,
+                            work.a + r * plan.a_stride, plan.k_padded, work.scale + r, work.zero_point + r});
+    if (flip != 0) work.zero_point[r] = flip;
+  }
+}
+
+void run_cell(const Int8LinearArgs& args, const Plan& plan, const Workspace& work, const Cell& cell) {
+  alignas(kCacheLine) int32_t acc[kMaxTileRows * kMaxTilePanels * kPanel];
+  const int32_t* column_sum =
+      reinterpret_cast<const int32_t*>(args.kernel_weight + plan.n_panels * kPanel * plan.k_padded);
+  for (int64_t m0 = cell.m0; m0 < cell.m1; m0 += plan.block_rows) {
+    const int64_t rows = cell.m1 - m0 < plan.block_rows ? cell.m1 - m0 : plan.block_rows;
+    quantize_block(args, plan, work, m0, rows);
+    for (int64_t p = cell.p0; p < cell.p1; p += plan.path.max_panels) {
+      const int panels = static_cast<int>(cell.p1 - p < plan.path.max_panels ? cell.p1 - p : plan.path.max_panels);
+      const int64_t n0 = p * kPanel;
+      const int64_t columns = args.n - n0 < panels * kPanel ? args.n - n0 : panels * kPanel;
+      for (int64_t r = 0; r < rows; r += plan.path.max_rows) {
+        const int tile_rows = static_cast<int>(rows - r < plan.path.max_rows ? rows - r : plan.path.max_rows);
+        plan.tile({work.a + r * plan.a_stride, plan.a_stride, tile_rows, args.kernel_weight + n0 * plan.k_padded,
+                   panels, plan.k_padded, acc});
+        for (int i = 0; i < tile_rows; ++i) {
+          char* y = static_cast<char*>(args.y) + ((m0 + r + i) * args.n + n0) * plan.y_element_bytes;
+          plan.epilogue({acc + i * panels * kPanel, columns, work.zero_point[r + i], work.scale[r + i], column_sum + n0,
+                         args.weight_scale + n0, args.bias == nullptr ? nullptr : args.bias + n0, y});
+        }
+      }
+    }
+  }
+}
+
+int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2; }
+
+}  // namespace
+
+int64_t int8_kernel_weight_bytes(int64_t n, int64_t k) {
+  const int64_t n_padded = round_up(n, kPanel);
+  return n_padded * round_up(k, kQuad) + n_padded * static_cast<int64_t>(sizeof(int32_t));
+}
+
+void int8_prepack(const int8_t* weight, int64_t n, int64_t k, int8_t* kernel_weight, int num_threads) {
+  const int64_t n_panels = ceil_div(n, kPanel), k_padded = round_up(k, kQuad);
+  int32_t* column_sum = reinterpret_cast<int32_t*>(kernel_weight + n_panels * kPanel * k_padded);
+  const int threads = useful_threads(n * k, kMinMacsPerThread, num_threads);
+  parallel_tasks(threads, [&](int t) {
+    for (int64_t p = n_panels * t / threads; p < n_panels * (t + 1) / threads; ++p) {
+      int8_t* panel = kernel_weight + p * kPanel * k_padded;
+      for (int64_t j = 0; j < kPanel; ++j) {
+        const int64_t row = p * kPanel + j;
+        const int8_t* w = weight + row * k;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < k_padded; ++i) {
+          const int8_t value = row < n && i < k ? w[i] : 0;
+          panel[(i / kQuad * kPanel + j) * kQuad + i % kQuad] = value;
+          sum += value;
+        }
+        column_sum[p * kPanel + j] = sum;
+      }
+    }
+  });
+}
+
+void int8_linear(const Int8LinearArgs& args, int num_threads) {
+  if (args.m == 0 || args.n == 0) return;
+  const Int8LinearPath& path = path_table(current_path());
+  const int64_t k_padded = round_up(args.k, kQuad);
+  // A stride that is an odd number of cache lines: rows of a power-of-two K would all fall into the same cache sets.
+  const int64_t a_stride = (round_up(k_padded, kCacheLine) / kCacheLine | 1) * kCacheLine;
+  const int64_t fitting_rows = kBlockBytes / a_stride / path.max_rows * path.max_rows;
+
+  const int threads = useful_threads(args.m * args.n * args.k, kMinMacsPerThread, num_threads);
+  const int64_t n_panels = ceil_div(args.n, kPanel), n_groups = ceil_div(n_panels, path.max_panels);
+  const Grid grid = choose_grid(args.m, n_groups, path.max_panels * kPanel, path.max_rows, threads);
+  const int64_t cell_rows = round_up(ceil_div(args.m, grid.rows), path.max_rows);
+  const int64_t cell_panels = ceil_div(n_groups, grid.panels) * path.max_panels;
+  int64_t block_rows = fitting_rows > path.max_rows ? fitting_rows : path.max_rows;
+  if (block_rows > cell_rows) block_rows = cell_rows;
+
+  const Plan plan{path,
+                  args.act_symmetric ? path.tile_signed : path.tile_unsigned,
+                  path.epilogue(args.activation, args.y_dtype),
+                  k_padded,
+                  a_stride,
+                  n_panels,
+                  block_rows,
+                  args.k * element_bytes(args.x_dtype),
+                  element_bytes(args.y_dtype)};
+
+  const int64_t work_bytes = round_up(block_rows * (a_stride + 8), kCacheLine);
+  uint8_t* memory = scratch(work_bytes * grid.rows * grid.panels);
+  parallel_tasks(grid.rows * grid.panels, [&](int t) {
+    uint8_t* a = memory + t * work_bytes;
+    float* scale = reinterpret_cast<float*>(a + block_rows * a_stride);
+    const Workspace work{a, scale, reinterpret_cast<int32_t*>(scale + block_rows)};
+    Cell cell{t / grid.panels * cell_rows, 0, t % grid.panels * cell_panels, 0};
+    cell.m1 = cell.m0 + cell_rows < args.m ? cell.m0 + cell_rows : args.m;
+    cell.p1 = cell.p0 + cell_panels < n_panels ? cell.p0 + cell_panels : n_panels;
+    if (cell.m0 < cell.m1 && cell.p0 < cell.p1) run_cell(args, plan, work, cell);
+  });
+}
+
+}  // namespace tcompress::cpu

@@ -1,0 +1,91 @@
+// y = activation(x W^T + bias) with an int8 weight and activations quantized per token on the way in.
+//
+//   acc[m,n] = sum_k (a[m,k] - zero_point[m]) * w[n,k]                       exact in int32
+//   y[m,n]   = activation(float(acc) * scale[m] * weight_scale[n] + bias[n])
+//
+// a, scale and zero_point come from quantize_per_token (quantize_row.h). Constraint: K <= kMaxK, so that neither the
+// sum nor a partial sum leaves int32.
+//
+// Kernel layout of the weight, one for all paths: panels of 16 outputs, K in fours, then the column sums.
+//
+//   [N/16][K/4][16][4] int8, zero padded                   [N/16*16] int32
+//     n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | … | n15          sum_k w[n,k]
+//     \_____ one ymm ______ … ______/
+//     \____________ one zmm ____________/
+#pragma once
+
+#include <cstdint>
+
+#include "activation_kind.h"
+#include "dtype.h"
+#include "path.h"
+#include "quantize_per_token.h"
+
+namespace tcompress::cpu {
+
+constexpr int kPanel = 16;  // outputs in a panel
+constexpr int kQuad = 4;    // k's that one 32-bit lane multiplies
+
+// |a - zero_point| and the offset-128 form of a are at most 255, |w| at most 128.
+constexpr int64_t kMaxK = 65536;
+static_assert(kMaxK * 255 * 128 <= 2147483647, "a partial sum must fit in int32");
+
+int64_t int8_kernel_weight_bytes(int64_t n, int64_t k);
+
+// weight [N, K] int8, contiguous -> kernel layout
+void int8_prepack(const int8_t* weight, int64_t n, int64_t k, int8_t* kernel_weight, int num_threads);
+
+struct Int8LinearArgs {
+  const void* x;  // [M, K], contiguous
+  DType x_dtype;
+  int64_t m, n, k;
+  const int8_t* kernel_weight;
+  const float* weight_scale;  // [N]
+  const float* bias;          // [N] or null
+  int act_bits;               // 2 … 8
+  bool act_symmetric;         // asymmetric: at most 7 bits, so that a fits both int8 and uint8
+  Activation activation;
+  void* y;        // [M, N], contiguous
+  DType y_dtype;  // kInt32 stores acc itself; bias, scales and activation then do not apply
+};
+
+void int8_linear(const Int8LinearArgs& args, int num_threads);
+
+// ---- what a path provides -------------------------------------------------------------------------------------------
+
+struct Int8TileArgs {
+  const uint8_t* a;  // rows of k_padded bytes
+  int64_t a_stride;
+  int rows;              // 1 … max_rows
+  const int8_t* panels;  // the first of n_panels neighbours
+  int n_panels;          // 1 … max_panels
+  int64_t k_padded;
+  int32_t* acc;  // [rows][n_panels * kPanel], sum_k a*w, the zero point not yet subtracted
+};
+
+struct EpilogueArgs {
+  int32_t* acc;  // [n]; overwritten
+  int64_t n;
+  int32_t zero_point;
+  float scale;
+  const int32_t* column_sum;
+  const float* weight_scale;
+  const float* bias;
+  void* y;
+};
+
+struct Int8LinearPath {
+  int max_rows, max_panels;
+  uint8_t symmetric_flip;  // 0x80 where the multiplier wants unsigned activations; the zero point is then 128
+  QuantizeRow quantize_row;
+  void (*tile_signed)(const Int8TileArgs&);    // symmetric activations
+  void (*tile_unsigned)(const Int8TileArgs&);  // asymmetric activations, 0 … 127
+  void (*(*epilogue)(Activation, DType))(const EpilogueArgs&);
+};
+
+constexpr int kMaxTileRows = 8;
+constexpr int kMaxTilePanels = 4;
+
+extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni;
+
+}  // namespace tcompress::cpu

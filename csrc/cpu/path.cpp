@@ -1,0 +1,104 @@
+#include "path.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace tcompress::cpu {
+namespace {
+
+constexpr int kAutomatic = -1;
+
+#if defined(__x86_64__)
+std::string missing_feature(Path path) {
+  // __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
+  if (path == Path::kAvx2 || path == Path::kAvx512Vnni) {
+    if (!__builtin_cpu_supports("avx2")) return "avx2";
+    if (!__builtin_cpu_supports("fma")) return "fma";
+    if (!__builtin_cpu_supports("f16c")) return "f16c";
+  }
+  if (path == Path::kAvx512Vnni) {
+    if (!__builtin_cpu_supports("avx512f")) return "avx512f";
+    if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";
+    if (!__builtin_cpu_supports("avx512vl")) return "avx512vl";
+    if (!__builtin_cpu_supports("avx512dq")) return "avx512dq";
+    if (!__builtin_cpu_supports("avx512vnni")) return "avx512vnni";
+  }
+  return "";
+}
+#endif
+
+Path parse(const std::string& name) {
+  std::string known;
+  for (Path path : kAllPaths) {
+    if (name == path_name(path)) return path;
+    known += std::string(known.empty() ? "" : ", ") + path_name(path);
+  }
+  throw std::invalid_argument("cpu path: name: got '" + name + "', expected one of " + known +
+                              "; see TCOMPRESS_CPU_PATH");
+}
+
+int checked(const std::string& name) {
+  if (name.empty()) return kAutomatic;
+  const Path path = parse(name);
+  const std::string reason = why_not_usable(path);
+  if (!reason.empty())
+    throw std::runtime_error("cpu path: name: got '" + name + "', expected a usable path; " + reason);
+  return static_cast<int>(path);
+}
+
+std::atomic<int>& forced() {
+  // If the environment names a path that cannot run, this throws at every use, not only at the first.
+  static std::atomic<int> value{[] {
+    const char* name = std::getenv("TCOMPRESS_CPU_PATH");
+    return checked(name == nullptr ? "" : name);
+  }()};
+  return value;
+}
+
+}  // namespace
+
+const char* path_name(Path path) {
+  switch (path) {
+    case Path::kScalar:
+      return "scalar";
+    case Path::kAvx2:
+      return "avx2";
+    case Path::kAvx512Vnni:
+      return "avx512vnni";
+  }
+  return "unknown";
+}
+
+std::string why_not_usable(Path path) {
+  if (path == Path::kScalar) return "";
+#if defined(__x86_64__)
+  const std::string feature = missing_feature(path);
+  return feature.empty() ? "" : "this processor does not report " + feature;
+#else
+  return "not built: the compiler does not target x86-64";
+#endif
+}
+
+std::vector<Path> usable_paths() {
+  std::vector<Path> paths;
+  for (Path path : kAllPaths)
+    if (why_not_usable(path).empty()) paths.push_back(path);
+  return paths;
+}
+
+Path current_path() {
+  const int value = forced().load(std::memory_order_relaxed);
+  if (value != kAutomatic) return static_cast<Path>(value);
+  static const Path best = usable_paths().back();  // kAllPaths is in ascending order
+  return best;
+}
+
+void force_path(const std::string& name) { forced().store(checked(name), std::memory_order_relaxed); }
+
+std::string forced_path() {
+  const int value = forced().load(std::memory_order_relaxed);
+  return value == kAutomatic ? "" : path_name(static_cast<Path>(value));
+}
+
+}  // namespace tcompress::cpu

@@ -1,0 +1,47 @@
+// Dynamic quantization of each row of x [M, K] to integers of at most 8 bits; the numbers are defined in
+// quantize_row.h.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "path.h"
+
+namespace tcompress::cpu {
+
+// One row. flip is XORed into each byte (0x80 turns signed into offset-128 unsigned); k_padded - k zero bytes follow.
+struct QuantizeRowArgs {
+  const void* x;  // [k]
+  DType dtype;
+  int64_t k;
+  int bits;
+  bool symmetric;
+  uint8_t flip;
+  uint8_t* q;  // [k_padded]
+  int64_t k_padded;
+  float* scale;
+  int32_t* zero_point;
+};
+
+using QuantizeRow = void (*)(const QuantizeRowArgs&);
+
+void quantize_row_scalar(const QuantizeRowArgs& args);
+void quantize_row_avx2(const QuantizeRowArgs& args);
+void quantize_row_avx512(const QuantizeRowArgs& args);
+
+QuantizeRow quantize_row_for(Path path);
+
+struct QuantizePerTokenArgs {
+  const void* x;  // [M, K], contiguous
+  DType dtype;
+  int64_t m, k;
+  int bits;             // 2 … 8
+  bool symmetric;       // q is int8, else uint8
+  uint8_t* q;           // [M, K]
+  float* scale;         // [M]
+  int32_t* zero_point;  // [M]
+};
+
+void quantize_per_token(const QuantizePerTokenArgs& args, int num_threads);
+
+}  // namespace tcompress::cpu

@@ -1,0 +1,87 @@
+// One token to 8-bit (or fewer) integers, as a template over the vector class of a path (vec_*.h).
+//
+//   symmetric:   scale = max|x| / qmax,             q = clamp(round(x / scale), -qmax, qmax),       qmax = 2^(bits-1) -
+//   1 asymmetric:  scale = (max(x,0) - min(x,0)) / qmax, zero_point = round(-min(x,0) / scale),
+//                q = clamp(round(x / scale) + zero_point, 0, qmax),                                 qmax = 2^bits - 1
+//
+// Rounding is half to even. Division is written as multiplication by a float32 reciprocal, the same in the reference,
+// so that all paths and devices agree bit for bit. The range of a row is at least kMinRange: an all-zero row needs no
+// special case and the reciprocal stays finite. A row that holds NaN or infinity gets scale NaN, zero point 0 and q =
+// 0.
+#pragma once
+
+#include <cstdint>
+
+#include "quantize_per_token.h"
+#include "rounding.h"
+
+namespace tcompress::cpu {
+namespace {
+
+constexpr float kMinRange = 0x1p-100f;
+
+template <class V, class T>
+inline void quantize_row_typed(const QuantizeRowArgs& args) {
+  constexpr int kLanes = V::kLanes;
+  const T* x = static_cast<const T*>(args.x);
+  const int64_t k = args.k, body = k - k % kLanes;
+  T tail[kLanes] = {};  // zeros change neither the range, which includes 0, nor the finiteness
+  for (int64_t i = body; i < k; ++i) tail[i - body] = x[i];
+
+  V lo = V::set1(0.f), hi = V::set1(0.f), finite = V::set1(0.f);
+  const auto collect = [&](const T* p) {
+    const V v = V::load(p);
+    lo = min(lo, v);
+    hi = max(hi, v);
+    finite = fma(v, V::set1(0.f), finite);  // inf*0 and NaN*0 are NaN, and stay
+  };
+  for (int64_t i = 0; i < body; i += kLanes) collect(x + i);
+  if (body < k) collect(tail);
+
+  uint8_t* q = args.q;
+  for (int64_t i = k; i < args.k_padded; ++i) q[i] = 0;
+  if (reduce_add(finite) != 0.f) {  // NaN
+    *args.scale = __builtin_nanf("");
+    *args.zero_point = 0;
+    for (int64_t i = 0; i < k; ++i) q[i] = args.flip;
+    return;
+  }
+  const float x_min = reduce_min(lo), x_max = reduce_max(hi);
+  const int32_t q_max = args.symmetric ? (1 << (args.bits - 1)) - 1 : (1 << args.bits) - 1;
+  const int32_t q_min = args.symmetric ? -q_max : 0;
+  const float step = 1.f / static_cast<float>(q_max);
+  // In the asymmetric case each term is scaled before they are joined: x_max - x_min may exceed the largest float.
+  const float amax = -x_min > x_max ? -x_min : x_max;
+  const float wanted = args.symmetric ? amax * step : x_max * step - x_min * step;
+  const float scale = wanted > kMinRange * step ? wanted : kMinRange * step;
+  const float inverse = 1.f / scale;
+  const int32_t zero_point = args.symmetric ? 0 : static_cast<int32_t>(round_half_even(-x_min * inverse));
+  *args.scale = scale;
+  *args.zero_point = zero_point;
+
+  const V factor = V::set1(inverse);
+  for (int64_t i = 0; i < body; i += kLanes)
+    store_quantized(q + i, V::load(x + i) * factor, zero_point, q_min, q_max, args.flip);
+  if (body < k) {
+    uint8_t tail_q[kLanes];
+    store_quantized(tail_q, V::load(tail) * factor, zero_point, q_min, q_max, args.flip);
+    for (int64_t i = body; i < k; ++i) q[i] = tail_q[i - body];
+  }
+}
+
+template <class V>
+inline void quantize_row(const QuantizeRowArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return quantize_row_typed<V, float>(args);
+    case DType::kBFloat16:
+      return quantize_row_typed<V, BFloat16>(args);
+    case DType::kFloat16:
+      return quantize_row_typed<V, Float16>(args);
+    case DType::kInt32:
+      return;  // not an input type; the binding refuses it
+  }
+}
+
+}  // namespace
+}  // namespace tcompress::cpu

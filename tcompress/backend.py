@@ -1,0 +1,208 @@
+"""Which backend runs an op, and why.
+
+Python picks the *backend* (`reference`, `cpu`, `triton`, `cuda`); the C++ extension picks the *path* of the CPU backend
+(`scalar`, `avx2`, `avx512vnni`). Both can be forced, by `use_backend` and `use_cpu_path` or by the environment
+(`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken. A forced backend that cannot run
+raises. The automatic choice skips a kernel only for a reason that the kernel declared.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tcompress import _extension
+from tcompress.errors import ReferencePathWarning, message
+
+#: In order of preference; `reference` runs everything and comes last.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+Unsupported = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One line of an explanation: a backend, or a path of the CPU backend, and what became of it."""
+
+    name: str
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; `str()` gives a table."""
+
+    op: str
+    backend: str
+    path: str | None
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        width = max(len(c.name) for c in self.candidates)
+        lines = [f"{self.op}: {self.backend}" + (f" ({self.path})" if self.path else "")]
+        lines += [
+            f"  {'*' if c.chosen else ' '} {c.name:{width}}  {c.reason or 'chosen'}" for c in self.candidates
+        ]
+        return "\n".join(lines)
+
+
+_kernels: dict[str, dict[str, Unsupported]] = {}
+_references: dict[str, Callable[..., Any]] = {}
+_forced: str | None = None
+_warned = False
+
+
+def register_kernel(op: str, backend: str, *, unsupported: Unsupported) -> None:
+    """Declares that `backend` has a kernel for `op`, registered with torch's dispatcher under `tcompress::op`.
+
+    Args:
+        op: name of the op, without the namespace.
+        backend: one of `BACKENDS`, except `reference`.
+        unsupported: called with the op's arguments; returns the reason why the kernel cannot take them, or None.
+    """
+    if backend not in BACKENDS or backend == "reference":
+        raise ValueError(message("register_kernel", "backend", repr(backend), f"one of {BACKENDS[:-1]}"))
+    _kernels.setdefault(op, {})[backend] = unsupported
+
+
+def register_reference(op: str, reference: Callable[..., Any]) -> None:
+    """Declares the plain torch reference of `op`: it defines the numbers and runs on every device."""
+    _references[op] = reference
+
+
+def kernels(op: str) -> tuple[str, ...]:
+    """The backends that have a kernel for `op`, in order of preference."""
+    return tuple(b for b in BACKENDS if b in _kernels.get(op, {}))
+
+
+def _checked_backend(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(message(where, "name", repr(name), f"one of {BACKENDS}"))
+    return name
+
+
+_forced = _checked_backend(os.environ.get("TCOMPRESS_BACKEND") or None, "TCOMPRESS_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces a backend inside the `with` block, in all threads; None returns to the automatic choice.
+
+    Raises:
+        ValueError: the name is not one of `BACKENDS`. An op that the backend cannot run raises RuntimeError when called.
+    """
+    global _forced
+    previous, _forced = _forced, _checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextmanager
+def use_cpu_path(name: str | None) -> Iterator[None]:
+    """Forces a path of the CPU kernels (`scalar`, `avx2`, `avx512vnni`) inside the `with` block, in all threads.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: this processor lacks the instructions, or the extension is not built.
+    """
+    if _extension.C is None:
+        raise RuntimeError(message("use_cpu_path", "name", repr(name), "a CPU path", _extension.WHY_NOT))
+    previous = _extension.C.forced_path()
+    _extension.C.force_path(name or "")
+    try:
+        yield
+    finally:
+        _extension.C.force_path(previous)
+
+
+def cpu_path() -> str | None:
+    """The path in force, or None where the extension is not built."""
+    return None if _extension.C is None else _extension.C.current_path()
+
+
+def select(op: str, *args: Any, **kwargs: Any) -> str:
+    """The backend that runs `op` on these arguments.
+
+    Raises:
+        RuntimeError: the forced backend has no kernel for `op`, or cannot take the arguments.
+    """
+    available = _kernels.get(op, {})
+    if _forced is not None and _forced != "reference":
+        unsupported = available.get(_forced)
+        reason = "it has no kernel for this op" if unsupported is None else unsupported(*args, **kwargs)
+        if reason is not None:
+            raise RuntimeError(message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason))
+        return _forced
+    if _forced is None:
+        for backend, unsupported in available.items():
+            if unsupported(*args, **kwargs) is None:
+                return backend
+        if _extension.C is None and not _warned:
+            _warn_once(op)
+    return "reference"
+
+
+def _warn_once(op: str) -> None:
+    global _warned
+    if not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(f"{op}: runs on the slow torch reference: {_extension.WHY_NOT}", ReferencePathWarning, 3)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
+    if select(op, *args) == "reference":
+        return _references[op](*args)
+    return getattr(torch.ops.tcompress, op)(*args)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Lists every candidate for `op` on these arguments with "chosen" or the reason why it was passed over.
+
+    Args:
+        op: a public op such as `tcompress.ops.int8_linear`, or its name.
+        args, kwargs: the arguments that the op would get.
+
+    Raises:
+        ValueError: no such op. RuntimeError: the forced backend cannot run.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _references:
+        raise ValueError(message("explain", "op", repr(name), f"one of {sorted(_references)}"))
+    chosen = select(name, *args, **kwargs)
+    candidates: list[Candidate] = []
+    for backend in BACKENDS:
+        if backend == chosen:
+            reason = "chosen: forced" if backend == _forced else "chosen"
+        elif _forced is not None:
+            reason = f"passed over: {_forced} is forced"
+        elif backend == "reference":
+            reason = "passed over: a kernel is faster"
+        elif backend not in _kernels.get(name, {}):
+            reason = "no kernel for this op yet"
+        else:
+            reason = _kernels[name][backend](*args, **kwargs) or f"passed over: {chosen} is preferred"
+        candidates.append(Candidate(backend, backend == chosen, reason))
+        if backend == "cpu" and _extension.C is not None and chosen == "cpu":
+            candidates += _explain_paths(_extension.C)
+    path = cpu_path() if chosen == "cpu" else None
+    return Explanation(name, chosen, path, tuple(candidates))
+
+
+def _explain_paths(extension: Any) -> Iterator[Candidate]:
+    current, forced = extension.current_path(), extension.forced_path()
+    for path in reversed(extension.all_paths()):
+        reason = extension.why_not_usable(path)
+        if path == current:
+            reason = "chosen: forced" if forced else "chosen: the highest usable path"
+        elif not reason:
+            reason = f"usable; {forced} is forced" if forced else f"usable; {current} is higher"
+        yield Candidate(f"cpu/{path}", path == current, reason)

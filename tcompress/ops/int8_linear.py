@@ -1,0 +1,197 @@
+"""Linear layer with an int8 weight and activations quantized per token on the way in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tcompress import backend
+from tcompress.errors import message
+from tcompress.ops import quantize_per_token as per_token
+from tcompress.ops._registry import Op, cpu_unsupported, define
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+#: int32 holds the sum of this many products of |a - zero_point| <= 255 and |w| <= 128.
+MAX_K = 65536
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    kernel_weight: torch.Tensor | None = None,
+    act_bits: int = 8,
+    act_symmetric: bool = True,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`activation(x Wᵀ + bias)` in integers: weight per output channel, activations dynamic per token.
+
+    ::
+
+        a, s, z  = quantize_per_token(x, act_bits, act_symmetric)
+        acc[m,n] = Σ_k (a[m,k] - z[m]) · weight[n,k]                     exact, in int32
+        y[m,n]   = activation(float32(acc) · s[m] · weight_scale[n] + bias[n])
+
+    The integers are the same on every backend and path, bit for bit. A token that holds NaN or infinity gives a row of
+    NaN. Inference only: backward raises.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16; any strides.
+        weight: [N, K] int8, the storage layout.
+        weight_scale: [N] float32; `W ≈ weight · weight_scale[:, None]`.
+        bias: [N], any float type, or None.
+        kernel_weight: the result of `int8_prepack(weight)`; without it a CPU kernel rearranges the weight at every call.
+        act_bits: bits of the activations: 2 to 8 symmetric, 2 to 7 asymmetric.
+        act_symmetric: signed without zero point (W8A8), or unsigned with one (W8A7, W7A7).
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        out_dtype: type of the result, by default that of `x`. `torch.int32` gives `acc` itself: no scales, bias or
+            activation are applied.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: shapes that do not fit, an unknown activation, too many bits, K > 65536.
+    """
+    _check(x, weight, weight_scale, bias, act_bits, act_symmetric, activation, out_dtype)
+    return backend.call(
+        "int8_linear",
+        x,
+        weight,
+        weight_scale,
+        bias,
+        kernel_weight,
+        act_bits,
+        act_symmetric,
+        activation,
+        out_dtype,
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_bits: int,
+    act_symmetric: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> None:
+    op = "int8_linear"
+    per_token.check_float(x, op, "x")
+    if weight.dtype != torch.int8:
+        raise TypeError(message(op, "weight", weight.dtype, "int8", "quantize it with tcompress.quantize.rtn"))
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]"))
+    n, k = weight.shape
+    if k > MAX_K:
+        raise ValueError(message(op, "K", k, f"at most {MAX_K}", "a longer sum could leave int32"))
+    if weight_scale.dtype != torch.float32 or weight_scale.shape != (n,):
+        got = f"{weight_scale.dtype} {list(weight_scale.shape)}"
+        raise ValueError(message(op, "weight_scale", got, f"float32 [{n}]"))
+    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+        raise ValueError(message(op, "bias", f"{bias.dtype} {list(bias.shape)}", f"a float tensor [{n}]"))
+    per_token.check_bits(act_bits, 8 if act_symmetric else 7, op, "act_bits")
+    if activation not in ACTIVATIONS:
+        raise ValueError(message(op, "activation", repr(activation), f"one of {ACTIVATIONS}"))
+    if out_dtype is not None and out_dtype not in (*per_token.FLOAT_DTYPES, torch.int32):
+        raise TypeError(message(op, "out_dtype", out_dtype, "float32, bfloat16, float16 or int32"))
+
+
+#: Partial sums of this many products stay below 2^24 in magnitude, where float32 is exact: 1024 · 127 · 128 < 2^24.
+_EXACT_K = 1024
+
+
+def integer_matmul(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`a @ weight.T` of 8-bit integers, |a| <= 127, exact in int32 at the speed of float32 matrix products.
+
+    The order of summation does not matter, nor does a reduced-precision mode of the device (bfloat16 and TF32 hold 8-bit
+    integers exactly and accumulate in float32).
+    """
+    total = torch.zeros((*a.shape[:-1], weight.shape[0]), dtype=torch.int32, device=a.device)
+    for k in range(0, a.shape[-1], _EXACT_K):
+        part = a[..., k : k + _EXACT_K].float() @ weight[:, k : k + _EXACT_K].float().t()
+        total += part.int()
+    return total
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_weight: torch.Tensor | None,
+    act_bits: int,
+    act_symmetric: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    a, scale, zero_point = per_token.reference(x, act_bits, act_symmetric)
+    acc = integer_matmul(a, weight)
+    if not act_symmetric:
+        acc -= zero_point * weight.sum(1, dtype=torch.int32)
+    if out_dtype == torch.int32:
+        return acc
+    y = acc.float() * scale * weight_scale
+    if bias is not None:
+        y = y + bias.float()
+    return activate(y, activation).to(out_dtype or x.dtype)
+
+
+def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """Applies one of `ACTIVATIONS`."""
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if activation == "silu":
+        return F.silu(y)
+    return y
+
+
+def fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_weight: torch.Tensor | None,
+    act_bits: int,
+    act_symmetric: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def flops(x: torch.Tensor, weight: torch.Tensor, *args: object) -> int:
+    rows = x.numel() // max(x.shape[-1], 1)
+    return 2 * rows * weight.numel()
+
+
+def nbytes(x: torch.Tensor, weight: torch.Tensor, *args: object) -> int:
+    n = weight.shape[0]
+    rows = x.numel() // max(x.shape[-1], 1)
+    return weight.numel() + 8 * n + (x.numel() + rows * n) * x.element_size()
+
+
+define(
+    Op(
+        name="int8_linear",
+        schema=(
+            "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? kernel_weight, int act_bits,"
+            " bool act_symmetric, str activation, ScalarType? out_dtype) -> Tensor"
+        ),
+        reference=reference,
+        fake=fake,
+        # Most of the error against float64 comes from three roundings, as in torch; the activations are polynomials.
+        tolerance=4.0,
+        flops=flops,
+        nbytes=nbytes,
+    )
+)
+backend.register_kernel("int8_linear", "cpu", unsupported=cpu_unsupported)
