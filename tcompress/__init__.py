@@ -1,5 +1,29 @@
-"""Compress trained Transformers and run them on fused int8 kernels."""
+"""Compress trained Transformers and run them on fused int8 kernels, as drop-in torch modules."""
 
-from tcompress import ops
+from tcompress import nn, ops
+from tcompress.backend import explain, use_backend, use_cpu_path
+from tcompress.compress import CompressResult, compress
+from tcompress.formats.checkpoint import load, save
+from tcompress.quantize import QuantArgs, Scheme
+from tcompress.recipe import Quantize, Recipe, presets
+from tcompress.report.report import Report
 
-__all__ = ["ops"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressResult",
+    "QuantArgs",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "Scheme",
+    "compress",
+    "explain",
+    "load",
+    "nn",
+    "ops",
+    "presets",
+    "save",
+    "use_backend",
+    "use_cpu_path",
+]

@@ -139,7 +139,9 @@ def select(op: str, *args: Any, **kwargs: Any) -> str:
         unsupported = available.get(_forced)
         reason = "it has no kernel for this op" if unsupported is None else unsupported(*args, **kwargs)
         if reason is not None:
-            raise RuntimeError(message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason))
+            raise RuntimeError(
+                message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason)
+            )
         return _forced
     if _forced is None:
         for backend, unsupported in available.items():
@@ -154,7 +156,9 @@ def _warn_once(op: str) -> None:
     global _warned
     if not torch.compiler.is_compiling():
         _warned = True
-        warnings.warn(f"{op}: runs on the slow torch reference: {_extension.WHY_NOT}", ReferencePathWarning, 3)
+        warnings.warn(
+            f"{op}: runs on the slow torch reference: {_extension.WHY_NOT}", ReferencePathWarning, 3
+        )
 
 
 def call(op: str, *args: Any) -> Any:

@@ -83,9 +83,13 @@ def _check(
     op = "int8_linear"
     per_token.check_float(x, op, "x")
     if weight.dtype != torch.int8:
-        raise TypeError(message(op, "weight", weight.dtype, "int8", "quantize it with tcompress.quantize.rtn"))
+        raise TypeError(
+            message(op, "weight", weight.dtype, "int8", "quantize it with tcompress.quantize.rtn")
+        )
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]"))
+        raise ValueError(
+            message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]")
+        )
     n, k = weight.shape
     if k > MAX_K:
         raise ValueError(message(op, "K", k, f"at most {MAX_K}", "a longer sum could leave int32"))

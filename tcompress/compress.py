@@ -1,0 +1,146 @@
+"""The front door: a model and a recipe in, the compressed model and a report out."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from tcompress import calibrate, replace
+from tcompress.errors import CompressionWarning, message
+from tcompress.match import Match, Skip, match
+from tcompress.recipe import Recipe
+from tcompress.report.report import LayerReport, Report
+from tcompress.report.size import Sizes, model_sizes
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """The compressed model, and the report on what was done and what it cost."""
+
+    model: nn.Module
+    report: Report
+
+
+def compress(
+    model: nn.Module,
+    recipe: str | Path | dict[str, Any] | Recipe = "int8",
+    data: Any = None,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+) -> CompressResult:
+    """Replaces the modules that a recipe targets by compressed ones.
+
+    Args:
+        model: any module. A module that stands at several places is replaced once, at all of them.
+        recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
+        data: optional samples, on which each layer's output is compared with its replacement's for the report: a tensor,
+            a mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+        inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The model, with the same training flag and call signature, and the report.
+
+    Raises:
+        TypeError: `model` is no module, or an argument has an unusable type.
+        ValueError: the recipe matches nothing, the model is compressed already, a weight holds NaN or infinity, or
+            `inplace` for a model that is a single layer. `model` is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
+    recipe = Recipe.load(recipe)
+    matches, skips = match(model, recipe)
+    before = model_sizes(model)
+
+    cache: replace.PackedCache = {}
+    steps = track(matches, "compressing", disable=not progress, transient=True)
+    replacements = {m.module: replace.quantized(m, cache) for m in steps}
+    layers = [_layer_report(m, replacements[m.module]) for m in matches]
+
+    notes: list[str] = []
+    errors: dict[nn.Module, calibrate.OutputError] = {}
+    batch = output = None
+    if data is not None:
+        errors, batch, output = calibrate.compare_outputs(model, replacements, data)
+        layers = [
+            layer.model_copy(update={"output_sqnr_db": errors[m.module].sqnr_db})
+            for layer, m in zip(layers, matches, strict=True)
+        ]
+        notes += [f"{m.names[0]} was never called on the data" for m in matches if not errors[m.module].calls]
+
+    skipped = [_skip_report(skip) for skip in skips]
+    compressed = replace.swap(model, replacements, inplace=inplace)
+    cosine = None if output is None else _output_cosine(compressed, batch, output, notes)
+    after = model_sizes(compressed)
+    notes += _size_notes(before, after)
+    report = Report(
+        recipe=recipe,
+        layers=tuple(layers + skipped),
+        before=before,
+        after=after,
+        output_cosine=cosine,
+        warnings=tuple(notes),
+    )
+    for note in notes:
+        warnings.warn(f"compress: {note}", CompressionWarning, stacklevel=2)
+    return CompressResult(compressed, report)
+
+
+def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
+    weight = replace.linear_weight(m.module).detach().double()
+    stored = replacement.packed.dequantize().double()
+    sqnr = calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum()))
+    return LayerReport(
+        name=m.names[0],
+        aliases=m.names[1:],
+        kind=type(m.module).__name__,
+        action=m.step.scheme.name,
+        shape=tuple(weight.shape),
+        bytes_before=model_sizes(m.module).disk,
+        bytes_after=model_sizes(replacement).disk,
+        weight_sqnr_db=sqnr,
+    )
+
+
+def _skip_report(skip: Skip) -> LayerReport:
+    nbytes = model_sizes(skip.module).disk
+    weight = getattr(skip.module, "weight", None)
+    return LayerReport(
+        name=skip.names[0],
+        aliases=skip.names[1:],
+        kind=type(skip.module).__name__,
+        action="skipped",
+        reason=skip.reason,
+        shape=tuple(weight.shape) if isinstance(weight, torch.Tensor) else (),
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+    )
+
+
+def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: list[str]) -> float | None:
+    """Cosine of the whole model's output on the first batch, before and after."""
+    with calibrate.evaluating(model):
+        got = calibrate.first_tensor(calibrate.run(model, batch))
+    if got is None or got.shape != expected.shape:
+        notes.append("the compressed model's output has another shape")
+        return None
+    if not torch.isfinite(expected).all():
+        notes.append("the model's output is not finite on the data, before compression already")
+        return None
+    if not torch.isfinite(got).all():
+        notes.append("the compressed model's output holds NaN or infinity where the model's does not")
+        return None
+    return float(nn.functional.cosine_similarity(got.double().flatten(), expected.double().flatten(), dim=0))
+
+
+def _size_notes(before: Sizes, after: Sizes) -> list[str]:
+    if after.disk >= before.disk:
+        return [f"the model did not get smaller: {before.disk} bytes before, {after.disk} after"]
+    return []

@@ -1,0 +1,263 @@
+"""Saves and loads a compressed model: safetensors and JSON, no pickle.
+
+A checkpoint is a folder with two files. `tcompress.json` describes the compressed modules and names the file that holds
+the tensors, `model-<id>.safetensors`, in the portable storage layout. The JSON file is written last and by renaming, so
+a folder always holds one whole checkpoint: the old one until that moment, the new one after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tcompress.errors import message
+from tcompress.formats.module_spec import EmbeddingSpec, LinearSpec, build, describe
+from tcompress.formats.skeleton import hugging_face_info, new_model
+from tcompress.match import COMPRESSED
+from tcompress.replace import disable_torch_fast_path
+
+METADATA = "tcompress.json"
+VERSION = 1
+
+
+class Metadata(BaseModel):
+    """The content of `tcompress.json`.
+
+    Attributes:
+        tensors: name of the safetensors file, and its size in bytes.
+        modules: the compressed modules by path; a path of a module described elsewhere maps to that path.
+        aliases: state-dict keys that share the tensor of another key.
+        transformers: class and configuration of a Hugging Face model, with which `load` builds the model itself.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal["tcompress"] = "tcompress"
+    version: int = VERSION
+    tensors: str
+    tensors_bytes: int
+    modules: dict[str, LinearSpec | EmbeddingSpec | str]
+    aliases: dict[str, str] = {}
+    transformers: dict[str, Any] | None = None
+
+
+def save(model: nn.Module, directory: str | Path) -> Path:
+    """Writes a compressed model into a folder, which is made if it is missing.
+
+    A failed save leaves the folder's previous checkpoint as it was.
+
+    Args:
+        model: a module that holds at least one compressed module.
+        directory: the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: not a module. ValueError: nothing in it is compressed, a module keeps state that is not a tensor, or
+            a tensor is on the meta device. OSError: the folder cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("save", "model", type(model).__name__, "a torch.nn.Module"))
+    modules = _describe_modules(model)
+    if not modules:
+        hint = "use tcompress.compress first, or safetensors for a plain model"
+        raise ValueError(
+            message("save", "model", "one without compressed modules", "a compressed model", hint)
+        )
+    tensors, aliases = _unique_tensors(model)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"model-{uuid.uuid4().hex[:12]}.safetensors"
+    temporary = folder / f".{METADATA}.{uuid.uuid4().hex[:12]}"
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        metadata = Metadata(
+            tensors=path.name,
+            tensors_bytes=path.stat().st_size,
+            modules=modules,
+            aliases=aliases,
+            transformers=hugging_face_info(model),
+        )
+        temporary.write_text(metadata.model_dump_json(indent=1) + "\n")
+        os.replace(temporary, folder / METADATA)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        raise
+    for stale in folder.glob("model-*.safetensors"):
+        if stale != path:
+            stale.unlink()
+    return folder
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Reads a checkpoint that `save` wrote, bit for bit.
+
+    Args:
+        directory: the folder.
+        model: a model of the original architecture, its weights of no account; it is changed in place and returned. A
+            Hugging Face model needs none: it is built from the configuration in the checkpoint.
+
+    Returns:
+        The model, on the CPU; in evaluation mode if it was built here.
+
+    Raises:
+        FileNotFoundError: no checkpoint there. ValueError: it is truncated, of another version, or does not fit the
+            model (shapes, missing or unexpected keys). A model that was passed in is then unchanged.
+    """
+    folder = Path(directory)
+    metadata = _read_metadata(folder)
+    state = _read_tensors(folder, metadata)
+    if model is None:
+        if metadata.transformers is None:
+            hint = "only Hugging Face models can be built from a checkpoint"
+            raise ValueError(message("load", "model", None, "a model of the original architecture", hint))
+        model = new_model(metadata.transformers).eval()
+    replacements = _build_modules(metadata, model)
+    _check_fit(folder, model, replacements, state)
+    _install(model, replacements, state)
+    return model
+
+
+def _describe_modules(model: nn.Module) -> dict[str, LinearSpec | EmbeddingSpec | str]:
+    first: dict[nn.Module, str] = {}
+    modules: dict[str, LinearSpec | EmbeddingSpec | str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, COMPRESSED):
+            modules[name] = first[module] if module in first else describe(module)
+            first.setdefault(module, name)
+    return modules
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict with each tensor once, and the keys that share one."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                message("save", key, type(value).__name__, "a tensor", "other state needs pickle")
+            )
+        if value.device.type == "meta":
+            raise ValueError(message("save", key, "a tensor on the meta device", "one with values"))
+        identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and identity in first:
+            aliases[key] = first[identity]
+            continue
+        first[identity] = key
+        tensors[key] = value.detach().contiguous()
+    # Views into one storage are copied: safetensors stores each tensor by itself.
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        address = value.untyped_storage().data_ptr()
+        if address in storages or value.untyped_storage().nbytes() != value.nbytes:
+            tensors[key] = value.clone()
+        storages.add(address)
+    return tensors, aliases
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(message("load", "directory", folder, f"a folder with {METADATA}"))
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            message("load", METADATA, f"no JSON ({error})", "JSON", "the file is damaged")
+        ) from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        hint = "it was written by another release of tcompress"
+        raise ValueError(message("load", "version", version, VERSION, hint))
+    try:
+        metadata = Metadata.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(message("load", METADATA, f"a wrong content ({error})", "a checkpoint")) from error
+    if Path(metadata.tensors).name != metadata.tensors:
+        raise ValueError(message("load", "tensors", repr(metadata.tensors), "a file name without folders"))
+    return metadata
+
+
+def _read_tensors(folder: Path, metadata: Metadata) -> dict[str, torch.Tensor]:
+    path = folder / metadata.tensors
+    if not path.is_file():
+        raise FileNotFoundError(message("load", "tensors", f"no file {path.name}", f"it beside {METADATA}"))
+    size = path.stat().st_size
+    if size != metadata.tensors_bytes:
+        hint = "the file is truncated or was replaced; copy the checkpoint again"
+        raise ValueError(message("load", path.name, f"{size} bytes", f"{metadata.tensors_bytes}", hint))
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(message("load", path.name, f"no safetensors ({error})", "safetensors")) from error
+    for key, target in metadata.aliases.items():
+        if target not in state:
+            raise ValueError(
+                message("load", f"alias {key}", f"the missing key {target}", "a key of the file")
+            )
+        state[key] = state[target]
+    return state
+
+
+def _build_modules(metadata: Metadata, model: nn.Module) -> dict[str, nn.Module]:
+    """The compressed modules by path, empty; a shared module stands at several paths."""
+    places = dict(model.named_modules(remove_duplicate=False))
+    built: dict[str, nn.Module] = {}
+    for name, spec in metadata.modules.items():
+        if name not in places or name == "":
+            hint = "is it the architecture that was saved?"
+            raise ValueError(message("load", "model", f"no module {name!r}", "one to replace there", hint))
+        built[name] = build(spec) if not isinstance(spec, str) else built[spec]
+        built[name].train(places[name].training)
+    return built
+
+
+def _check_fit(
+    folder: Path, model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor]
+) -> None:
+    expected = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if not any(key.startswith(f"{name}.") for name in replacements)
+    }
+    for name, module in replacements.items():
+        expected |= {f"{name}.{key}": value.shape for key, value in module.state_dict().items()}
+    problems = [f"missing key {key}" for key in expected if key not in state]
+    problems += [f"unexpected key {key}" for key in state if key not in expected]
+    problems += [
+        f"shape of {key}: got {list(state[key].shape)}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"load: {folder}: does not fit the model: {'; '.join(problems[:5])}{more}")
+
+
+def _install(model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor]) -> None:
+    for name, module in replacements.items():
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = module
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
+    model.load_state_dict(state, assign=True)
+    for names in groups.values():
+        if len(names) > 1:  # assigning made a parameter of its own of each name; tie them again
+            shared = model.get_parameter(names[0])
+            for name in names[1:]:
+                parent, _, child = name.rpartition(".")
+                model.get_submodule(parent)._parameters[child] = shared
+    disable_torch_fast_path(model)

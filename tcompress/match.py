@@ -1,0 +1,192 @@
+"""Which modules a step means, and why some of them stay as they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from tcompress.errors import message
+from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.ops.int8_linear import MAX_K
+from tcompress.quantize.scheme import Scheme
+from tcompress.recipe import Quantize, Recipe
+
+COMPRESSED = (QuantizedLinear, QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A module that a step replaces. `names` are all its paths in the model; it is replaced at each of them."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    step: Quantize
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A module that a step targets and that stays as it is, with the reason."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    reason: str
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is `transformers`' Conv1D: a linear layer whose weight is stored as [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def pattern_matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """Whether a pattern of a step means this module; the language is described at `recipe.Quantize.targets`."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    if any(cls.__name__ == pattern for cls in type(module).__mro__):
+        return True
+    return fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
+
+
+def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
+    """Finds the modules that the recipe's steps replace, in the order of the model.
+
+    Raises:
+        ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed already.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    head = _output_embeddings(model)
+
+    matches: list[Match] = []
+    skips: list[Skip] = []
+    for module, paths in names.items():
+        if isinstance(module, COMPRESSED):
+            skips.append(Skip(tuple(paths), module, "already compressed"))
+            continue
+        if not _has_own_weight(module):
+            continue
+        for step in recipe.steps:
+            if not _any_matches(step.targets, paths, module):
+                continue
+            ignored = _ignored(step, paths, module, head)
+            reason = ignored or why_not(module, step.scheme)
+            if reason is None:
+                matches.append(Match(tuple(paths), module, step))
+            else:
+                skips.append(Skip(tuple(paths), module, reason))
+            break
+    matches, tied = _without_tied(model, matches)
+    skips += tied
+    if not matches:
+        raise ValueError(_nothing_matched(model, recipe, skips))
+    return matches, skips
+
+
+def why_not(module: nn.Module, scheme: Scheme) -> str | None:
+    """The reason why this module has no compressed form under `scheme`, or None."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "torch.nn.MultiheadAttention reads its weight and never calls it"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes its weight plain"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a replacement would lose; remove them (prune.remove, …) first"
+    if isinstance(module, nn.Linear):
+        base: type[nn.Module] = nn.Linear
+    elif isinstance(module, nn.Embedding):
+        base = nn.Embedding
+    elif is_conv1d(module):
+        base = type(module)
+    else:
+        return f"{type(module).__name__} has no quantized form"
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not a float tensor"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device: load the checkpoint first"
+    if isinstance(module, nn.Embedding):
+        if scheme.activations is not None:
+            return f"{scheme.name} quantizes activations and an embedding has none; use W8A16"
+        if module.max_norm is not None:
+            return "max_norm changes the table at every call"
+        return "quantizing would not make it smaller" if module.embedding_dim < 2 else None
+    if scheme.activations is None:
+        return f"{scheme.name} leaves activations in floating point, which linear layers do not support yet"
+    k = weight.shape[0] if is_conv1d(module) else weight.shape[1]
+    if k > MAX_K:
+        return f"in_features {k} is above {MAX_K}: an int32 sum could overflow"
+    return None if weight.numel() else "its weight is empty"
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    return (
+        "weight" in module._parameters
+        or parametrize.is_parametrized(module)
+        or hasattr(module, "weight_orig")
+    )
+
+
+def _any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) -> bool:
+    try:
+        return any(pattern_matches(p, name, module) for p in patterns for name in names)
+    except re.error as error:
+        raise ValueError(
+            message("match", "pattern", error.pattern, "a regular expression", str(error))
+        ) from error
+
+
+def _ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
+    for pattern in step.ignore:
+        if _any_matches((pattern,), names, module):
+            return f"ignored by {pattern!r}"
+        if pattern == "lm_head" and module is head:
+            return "ignored by 'lm_head': it is the output embeddings"
+    return None
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What `transformers` calls the head over the vocabulary, under whatever name."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], list[Skip]]:
+    """Leaves out modules whose weight is also used by a module that stays: replacing them would store it twice."""
+    replaced = {m.module for m in matches}
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if module not in replaced:
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    users.setdefault(id(parameter), []).append(f"{name}.{key}")
+    kept, skipped = [], []
+    for m in matches:
+        tied = users.get(id(m.module.weight))
+        if tied:
+            reason = (
+                f"its weight is also {', '.join(tied)}, which stays: a quantized copy would only add bytes"
+            )
+            skipped.append(Skip(m.names, m.module, reason))
+        else:
+            kept.append(m)
+    return kept, skipped
+
+
+def _nothing_matched(model: nn.Module, recipe: Recipe, skips: list[Skip]) -> str:
+    if skips and all(s.reason == "already compressed" for s in skips):
+        return message(
+            "compress", "model", "a model that is already compressed", "one with layers to compress"
+        )
+    targets = sorted({t for step in recipe.steps for t in step.targets})
+    classes = sorted({type(m).__name__ for m in model.modules()})
+    reasons = "".join(f"\n  {s.names[0] or '(root)'}: {s.reason}" for s in skips[:10])
+    hint = f"its classes are {', '.join(classes)}" + (f"; skipped:{reasons}" if reasons else "")
+    return message("compress", "recipe", f"targets {targets} that match nothing", "at least one layer", hint)

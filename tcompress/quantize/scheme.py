@@ -1,0 +1,102 @@
+"""What a quantization computes: bits, symmetry and granularity of weights and activations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tcompress.errors import message
+
+
+class PerChannel(BaseModel):
+    """One scale per output channel: a weight [N, K] has scales [N]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["per_channel"] = "per_channel"
+
+
+class PerToken(BaseModel):
+    """One scale per token: activations [..., K] have scales [..., 1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["per_token"] = "per_token"
+
+
+Granularity = Annotated[PerChannel | PerToken, Field(discriminator="kind")]
+
+
+class QuantArgs(BaseModel):
+    """How one tensor is quantized.
+
+    Attributes:
+        bits: 2 to 8. Symmetric integers lie in ±(2^(bits-1) - 1), asymmetric ones in 0 … 2^bits - 1.
+        symmetric: without a zero point.
+        granularity: what shares a scale.
+        dynamic: the scale is computed from each input, not fixed in advance.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: int = Field(8, ge=2, le=8)
+    symmetric: bool = True
+    granularity: Granularity = PerChannel()
+    dynamic: bool = False
+
+
+class Scheme(BaseModel):
+    """Weights and activations together. `activations=None` is weight-only: activations stay in floating point.
+
+    Written W8A8, W8A7, … : bits of the weights, bits of the activations. By name, 8-bit activations are symmetric and
+    7-bit ones asymmetric: on processors without a wide dot product, 7 unsigned bits are what an exact multiply-add of
+    bytes can take, and a zero point gives the lost bit back where activations are one-sided.
+
+    Raises:
+        ValueError: a combination that no kernel and no reference computes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weights: QuantArgs
+    activations: QuantArgs | None = None
+
+    @model_validator(mode="after")
+    def _computable(self) -> Scheme:
+        w, a = self.weights, self.activations
+        if not w.symmetric or w.dynamic or w.granularity.kind != "per_channel":
+            raise ValueError(message("Scheme", "weights", w, "symmetric, static, per channel"))
+        if a is None:
+            return self
+        if not a.dynamic or a.granularity.kind != "per_token":
+            raise ValueError(message("Scheme", "activations", a, "dynamic, per token"))
+        if not a.symmetric and a.bits > 7:
+            hint = "asymmetric activations need 7 bits or fewer to be exact on every processor"
+            raise ValueError(message("Scheme", "activations.bits", a.bits, "at most 7", hint))
+        return self
+
+    @property
+    def name(self) -> str:
+        """W8A8 and so on; an activation that is not quantized is written A16, as usual in the field."""
+        return f"W{self.weights.bits}A{self.activations.bits if self.activations else 16}"
+
+    @classmethod
+    def named(cls, name: str) -> Scheme:
+        """The scheme called `name`; raises ValueError with the known names."""
+        if name not in SCHEMES:
+            raise ValueError(message("Scheme", "name", repr(name), f"one of {sorted(SCHEMES)}"))
+        return SCHEMES[name]
+
+
+def _weights(bits: int) -> QuantArgs:
+    return QuantArgs(bits=bits, symmetric=True, granularity=PerChannel())
+
+
+def _activations(bits: int, symmetric: bool) -> QuantArgs:
+    return QuantArgs(bits=bits, symmetric=symmetric, granularity=PerToken(), dynamic=True)
+
+
+#: Schemes by name.
+SCHEMES: dict[str, Scheme] = {
+    "W8A8": Scheme(weights=_weights(8), activations=_activations(8, symmetric=True)),
+    "W8A7": Scheme(weights=_weights(8), activations=_activations(7, symmetric=False)),
+    "W7A7": Scheme(weights=_weights(7), activations=_activations(7, symmetric=False)),
+    "W8A16": Scheme(weights=_weights(8)),
+}

@@ -1,0 +1,131 @@
+"""What to do to a model: an ordered list of steps, frozen and serialisable."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from tcompress.errors import message
+from tcompress.quantize.scheme import Scheme
+
+#: The recipe's format; raised when an old file would be read differently.
+VERSION = 1
+
+
+class Quantize(BaseModel):
+    """Replaces modules by quantized ones.
+
+    Attributes:
+        scheme: a name ("W8A8", "W8A7", "W7A7"; "W8A16" for embeddings) or a `Scheme`.
+        targets: which modules. A class name ("Linear", subclasses included), a glob over names
+            ("encoder.layer.*.dense"), a last name ("query"), or "re:" and a regular expression matched from the start.
+        ignore: which of them not, in the same language. "lm_head" also means a model's output embeddings, whatever
+            their name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    step: Literal["quantize"] = "quantize"
+    scheme: Scheme
+    targets: tuple[str, ...] = ("Linear", "Conv1D")
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return Scheme.named(value) if isinstance(value, str) else value
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class Recipe(BaseModel):
+    """Ordered steps. The first step that claims a module keeps it.
+
+    Raises:
+        ValueError: no steps, an unknown field, or a version that this release does not read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = VERSION
+    steps: tuple[Quantize, ...]
+
+    @field_validator("version")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        if value != VERSION:
+            raise ValueError(message("Recipe", "version", value, VERSION))
+        return value
+
+    @field_validator("steps")
+    @classmethod
+    def _not_empty(cls, value: tuple[Quantize, ...]) -> tuple[Quantize, ...]:
+        if not value:
+            raise ValueError(message("Recipe", "steps", "none", "at least one"))
+        return value
+
+    @classmethod
+    def load(cls, recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
+        """A recipe from a preset's name, a YAML or JSON file, a dict, or a recipe.
+
+        Raises:
+            ValueError: unknown preset, or a content that does not fit. FileNotFoundError: no such file.
+            TypeError: something else was given.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, dict):
+            return cls._validated(recipe, "the dict")
+        if not isinstance(recipe, str | Path):
+            expected = "a preset's name, a Recipe, a dict or a path"
+            raise TypeError(message("Recipe", "recipe", type(recipe).__name__, expected))
+        if str(recipe) in presets():
+            preset = resources.files("tcompress") / "recipes" / f"{recipe}.yaml"
+            return cls.from_yaml(preset.read_text(), str(recipe))
+        path = Path(recipe)
+        if path.suffix not in (".yaml", ".yml", ".json"):
+            raise ValueError(
+                message("Recipe", "recipe", repr(str(recipe)), f"a preset {presets()} or a YAML path")
+            )
+        if not path.is_file():
+            raise FileNotFoundError(
+                message("Recipe", "path", f"{path}, which is no file", "a YAML or JSON file")
+            )
+        return cls.from_yaml(path.read_text(), str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "the text") -> Recipe:
+        """Reads YAML, of which JSON is a part."""
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(message("Recipe", where, f"no YAML ({error})", "YAML")) from error
+        if not isinstance(content, dict):
+            raise ValueError(message("Recipe", where, type(content).__name__, "a mapping with 'steps'"))
+        return cls._validated(content, where)
+
+    def to_yaml(self) -> str:
+        """YAML text that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def _validated(cls, content: dict[str, Any], where: str) -> Recipe:
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            )
+            raise ValueError(f"Recipe: {where}: {problems}") from error
+
+
+def presets() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("tcompress") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))

@@ -1,0 +1,87 @@
+"""Builds the compressed form of a module, and puts it in the module's place."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from tcompress.match import Match, is_conv1d
+from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.packing import PackedWeight
+from tcompress.quantize import QuantArgs, round_to_nearest
+
+PackedCache = dict[tuple[int, QuantArgs], PackedWeight]
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if is_conv1d(module) else weight
+
+
+def quantized(match: Match, cache: PackedCache) -> nn.Module:
+    """The quantized form of a matched module. Modules with a tied weight share its integers through `cache`.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity; the message names the module.
+    """
+    module, scheme = match.module, match.step.scheme
+    key = (id(module.weight), scheme.weights)
+    if key not in cache:
+        try:
+            cache[key] = round_to_nearest(linear_weight(module), scheme.weights)
+        except ValueError as error:
+            raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
+    packed = cache[key]
+    replacement: nn.Module
+    if isinstance(module, nn.Embedding):
+        replacement = QuantizedEmbedding.from_packed(packed, scheme, module.weight.dtype, module.padding_idx)
+    else:
+        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+        replacement = QuantizedLinear.from_packed(packed, bias, scheme)
+    return replacement.train(module.training)
+
+
+def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace: bool) -> nn.Module:
+    """Returns the model with each key replaced by its value at every place where it stands.
+
+    Not in place: everything else is copied, the replaced modules are not.
+
+    Raises:
+        ValueError: in place, and the model itself is to be replaced.
+    """
+    if inplace:
+        if model in replacements:
+            hint = "a single layer cannot replace itself; use inplace=False and take the result's model"
+            raise ValueError(
+                f"compress: inplace: got True for a model that is one layer, expected False; {hint}"
+            )
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child in replacements:
+                    parent._modules[name] = replacements[child]
+    else:
+        # deepcopy takes what its memo holds instead of copying: no second copy of the replaced weights is made
+        memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+        model = copy.deepcopy(model, memo)
+    disable_torch_fast_path(model)
+    return model
+
+
+def disable_torch_fast_path(model: nn.Module) -> None:
+    """Makes `torch.nn.TransformerEncoder(Layer)` call its linear layers instead of reading their weights.
+
+    In evaluation mode torch hands the float weights of a whole layer to one native function, past any replacement. The
+    attributes set here are the ones by which torch itself decides against that.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_compressed(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and _has_compressed(module):
+            module.use_nested_tensor = False
+
+
+def _has_compressed(module: nn.Module) -> bool:
+    return any(isinstance(m, QuantizedLinear) for m in module.modules())
