@@ -47,9 +47,7 @@ class Explanation:
     def __str__(self) -> str:
         width = max(len(c.name) for c in self.candidates)
         lines = [f"{self.op}: {self.backend}" + (f" ({self.path})" if self.path else "")]
-        lines += [
-            f"  {'*' if c.chosen else ' '} {c.name:{width}}  {c.reason or 'chosen'}" for c in self.candidates
-        ]
+        lines += [f"  {'*' if c.chosen else ' '} {c.name:{width}}  {c.reason or 'chosen'}" for c in self.candidates]
         return "\n".join(lines)
 
 
@@ -96,7 +94,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces a backend inside the `with` block, in all threads; None returns to the automatic choice.
 
     Raises:
-        ValueError: the name is not one of `BACKENDS`. An op that the backend cannot run raises RuntimeError when called.
+        ValueError: the name is not one of `BACKENDS`.
+        RuntimeError: later, from an op that the backend cannot run.
     """
     global _forced
     previous, _forced = _forced, _checked_backend(name, "use_backend")
@@ -139,9 +138,7 @@ def select(op: str, *args: Any, **kwargs: Any) -> str:
         unsupported = available.get(_forced)
         reason = "it has no kernel for this op" if unsupported is None else unsupported(*args, **kwargs)
         if reason is not None:
-            raise RuntimeError(
-                message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason)
-            )
+            raise RuntimeError(message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason))
         return _forced
     if _forced is None:
         for backend, unsupported in available.items():
@@ -156,9 +153,7 @@ def _warn_once(op: str) -> None:
     global _warned
     if not torch.compiler.is_compiling():
         _warned = True
-        warnings.warn(
-            f"{op}: runs on the slow torch reference: {_extension.WHY_NOT}", ReferencePathWarning, 3
-        )
+        warnings.warn(f"{op}: runs on the slow torch reference: {_extension.WHY_NOT}", ReferencePathWarning, 3)
 
 
 def call(op: str, *args: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tcompress import calibrate, replace
 from tcompress.errors import CompressionWarning, message
-from tcompress.match import Match, Skip, match
+from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.recipe import Recipe
 from tcompress.report.report import LayerReport, Report
 from tcompress.report.size import Sizes, model_sizes
@@ -40,8 +40,8 @@ def compress(
     Args:
         model: any module. A module that stands at several places is replaced once, at all of them.
         recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
-        data: optional samples, on which each layer's output is compared with its replacement's for the report: a tensor,
-            a mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+        data: optional samples, on which each layer's output is compared with its replacement's for the report: a
+            tensor, a mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 
@@ -95,6 +95,7 @@ def compress(
 
 def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
     weight = replace.linear_weight(m.module).detach().double()
+    assert isinstance(replacement, COMPRESSED)
     stored = replacement.packed.dequantize().double()
     sqnr = calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum()))
     return LayerReport(

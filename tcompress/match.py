@@ -56,7 +56,7 @@ def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
     """Finds the modules that the recipe's steps replace, in the order of the model.
 
     Raises:
-        ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed already.
+        ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -126,20 +126,14 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
 
 
 def _has_own_weight(module: nn.Module) -> bool:
-    return (
-        "weight" in module._parameters
-        or parametrize.is_parametrized(module)
-        or hasattr(module, "weight_orig")
-    )
+    return "weight" in module._parameters or parametrize.is_parametrized(module) or hasattr(module, "weight_orig")
 
 
 def _any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) -> bool:
     try:
         return any(pattern_matches(p, name, module) for p in patterns for name in names)
     except re.error as error:
-        raise ValueError(
-            message("match", "pattern", error.pattern, "a regular expression", str(error))
-        ) from error
+        raise ValueError(message("match", "pattern", error.pattern, "a regular expression", str(error))) from error
 
 
 def _ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
@@ -171,9 +165,7 @@ def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], 
     for m in matches:
         tied = users.get(id(m.module.weight))
         if tied:
-            reason = (
-                f"its weight is also {', '.join(tied)}, which stays: a quantized copy would only add bytes"
-            )
+            reason = f"its weight is also {', '.join(tied)}, which stays: a quantized copy would only add bytes"
             skipped.append(Skip(m.names, m.module, reason))
         else:
             kept.append(m)
@@ -182,9 +174,7 @@ def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], 
 
 def _nothing_matched(model: nn.Module, recipe: Recipe, skips: list[Skip]) -> str:
     if skips and all(s.reason == "already compressed" for s in skips):
-        return message(
-            "compress", "model", "a model that is already compressed", "one with layers to compress"
-        )
+        return message("compress", "model", "a model that is already compressed", "one with layers to compress")
     targets = sorted({t for step in recipe.steps for t in step.targets})
     classes = sorted({type(m).__name__ for m in model.modules()})
     reasons = "".join(f"\n  {s.names[0] or '(root)'}: {s.reason}" for s in skips[:10])

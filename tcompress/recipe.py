@@ -89,13 +89,9 @@ class Recipe(BaseModel):
             return cls.from_yaml(preset.read_text(), str(recipe))
         path = Path(recipe)
         if path.suffix not in (".yaml", ".yml", ".json"):
-            raise ValueError(
-                message("Recipe", "recipe", repr(str(recipe)), f"a preset {presets()} or a YAML path")
-            )
+            raise ValueError(message("Recipe", "recipe", repr(str(recipe)), f"a preset {presets()} or a YAML path"))
         if not path.is_file():
-            raise FileNotFoundError(
-                message("Recipe", "path", f"{path}, which is no file", "a YAML or JSON file")
-            )
+            raise FileNotFoundError(message("Recipe", "path", f"{path}, which is no file", "a YAML or JSON file"))
         return cls.from_yaml(path.read_text(), str(path))
 
     @classmethod
@@ -119,8 +115,7 @@ class Recipe(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
-                for e in error.errors()
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
             )
             raise ValueError(f"Recipe: {where}: {problems}") from error
 

@@ -55,9 +55,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
     if inplace:
         if model in replacements:
             hint = "a single layer cannot replace itself; use inplace=False and take the result's model"
-            raise ValueError(
-                f"compress: inplace: got True for a model that is one layer, expected False; {hint}"
-            )
+            raise ValueError(f"compress: inplace: got True for a model that is one layer, expected False; {hint}")
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if child in replacements:

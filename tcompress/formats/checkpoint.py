@@ -70,9 +70,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     modules = _describe_modules(model)
     if not modules:
         hint = "use tcompress.compress first, or safetensors for a plain model"
-        raise ValueError(
-            message("save", "model", "one without compressed modules", "a compressed model", hint)
-        )
+        raise ValueError(message("save", "model", "one without compressed modules", "a compressed model", hint))
     tensors, aliases = _unique_tensors(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,9 +143,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
     first: dict[tuple[object, ...], str] = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
-            raise ValueError(
-                message("save", key, type(value).__name__, "a tensor", "other state needs pickle")
-            )
+            raise ValueError(message("save", key, type(value).__name__, "a tensor", "other state needs pickle"))
         if value.device.type == "meta":
             raise ValueError(message("save", key, "a tensor on the meta device", "one with values"))
         identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
@@ -173,9 +169,7 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            message("load", METADATA, f"no JSON ({error})", "JSON", "the file is damaged")
-        ) from error
+        raise ValueError(message("load", METADATA, f"no JSON ({error})", "JSON", "the file is damaged")) from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         hint = "it was written by another release of tcompress"
@@ -203,9 +197,7 @@ def _read_tensors(folder: Path, metadata: Metadata) -> dict[str, torch.Tensor]:
         raise ValueError(message("load", path.name, f"no safetensors ({error})", "safetensors")) from error
     for key, target in metadata.aliases.items():
         if target not in state:
-            raise ValueError(
-                message("load", f"alias {key}", f"the missing key {target}", "a key of the file")
-            )
+            raise ValueError(message("load", f"alias {key}", f"the missing key {target}", "a key of the file"))
         state[key] = state[target]
     return state
 

@@ -12,9 +12,7 @@ from tcompress.errors import message
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear
 from tcompress.quantize.scheme import Scheme
 
-_DTYPES = {
-    str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class _Spec(BaseModel):

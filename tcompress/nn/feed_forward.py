@@ -83,8 +83,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(
-                f"FeedForward: x: got shape {tuple(x.shape)}, expected [..., {self.d_model}]; "
-                "the last axis is d_model"
+                f"FeedForward: x: got shape {tuple(x.shape)}, expected [..., {self.d_model}]; the last axis is d_model"
             )
         y: Tensor = self.linear2(ACTIVATIONS[self.activation](self.linear1(x)))
         return y

@@ -40,9 +40,7 @@ class LayerNorm(nn.Module):
     ) -> None:
         super().__init__()
         if d_model < 1:
-            raise ValueError(
-                f"LayerNorm: d_model: got {d_model}, expected at least 1; it is the size of the last axis"
-            )
+            raise ValueError(f"LayerNorm: d_model: got {d_model}, expected at least 1; it is the size of the last axis")
         if not 0 < eps < math.inf:
             raise ValueError(
                 f"LayerNorm: eps: got {eps}, expected a positive finite number; "

@@ -62,9 +62,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         for name, value in (("n_head", n_head), ("d_model", d_model), ("d_head", d_head)):
             if value < 1:
-                raise ValueError(
-                    f"MultiHeadAttention: {name}: got {value}, expected at least 1; it is a size"
-                )
+                raise ValueError(f"MultiHeadAttention: {name}: got {value}, expected at least 1; it is a size")
         self.n_head = n_head
         self.d_model = d_model
         self.d_head = d_head
@@ -102,9 +100,7 @@ class MultiHeadAttention(nn.Module):
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(
-                    f"MultiHeadAttention: {name}: got {got}, expected a floating tensor; pass embeddings"
-                )
+                raise TypeError(f"MultiHeadAttention: {name}: got {got}, expected a floating tensor; pass embeddings")
             if x.dim() != 3 or x.shape[-1] != self.d_model:
                 raise ValueError(
                     f"MultiHeadAttention: {name}: got shape {tuple(x.shape)}, expected [B, S, {self.d_model}]"
@@ -112,8 +108,7 @@ class MultiHeadAttention(nn.Module):
                 )
         if k.shape[0] != q.shape[0]:
             raise ValueError(
-                f"MultiHeadAttention: k: got batch {k.shape[0]}, expected {q.shape[0]} as in q; "
-                "expand the smaller one"
+                f"MultiHeadAttention: k: got batch {k.shape[0]}, expected {q.shape[0]} as in q; expand the smaller one"
             )
         if v.shape != k.shape:
             raise ValueError(
@@ -145,9 +140,7 @@ class MultiHeadAttention(nn.Module):
                 "torch.nn.Linear; convert before the module is compressed"
             )
         _check_convertible(mha)
-        ours = cls(
-            mha.num_heads, mha.embed_dim, mha.head_dim, bias=mha.in_proj_bias is not None, device="meta"
-        )
+        ours = cls(mha.num_heads, mha.embed_dim, mha.head_dim, bias=mha.in_proj_bias is not None, device="meta")
         state = {f"o_proj.{name}": t.clone() for name, t in mha.out_proj.state_dict().items()}
         if mha.in_proj_weight is not None:
             weights: tuple[Tensor, ...] = mha.in_proj_weight.detach().chunk(3)
@@ -164,9 +157,7 @@ class MultiHeadAttention(nn.Module):
 
 def _check_convertible(mha: nn.MultiheadAttention) -> None:
     def refuse(argument: str, got: object, expected: object, hint: str) -> None:
-        raise ValueError(
-            f"MultiHeadAttention.from_torch: mha.{argument}: got {got}, expected {expected}; {hint}"
-        )
+        raise ValueError(f"MultiHeadAttention.from_torch: mha.{argument}: got {got}, expected {expected}; {hint}")
 
     if mha.bias_k is not None or mha.bias_v is not None:
         refuse("add_bias_kv", True, False, "an extra learned key has no equivalent here")

@@ -56,9 +56,7 @@ class PositionalEncoding(nn.Module):
         super().__init__()
         for name, value in (("d_model", d_model), ("max_len", max_len)):
             if value < 1:
-                raise ValueError(
-                    f"PositionalEncoding: {name}: got {value}, expected at least 1; it is a size"
-                )
+                raise ValueError(f"PositionalEncoding: {name}: got {value}, expected at least 1; it is a size")
         self.d_model = d_model
         self.max_len = max_len
         table = sinusoidal_table(max_len, d_model, device).to(dtype or torch.get_default_dtype())
@@ -67,8 +65,7 @@ class PositionalEncoding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(
-                f"PositionalEncoding: x: got {x.dtype}, expected a floating dtype; "
-                "pass embeddings, not token ids"
+                f"PositionalEncoding: x: got {x.dtype}, expected a floating dtype; pass embeddings, not token ids"
             )
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(

@@ -46,9 +46,7 @@ class QuantizedEmbedding(nn.Module):
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
         if scheme.activations is not None:
             hint = "an embedding has no activations to quantize; use W8A16"
-            raise ValueError(
-                message("QuantizedEmbedding", "scheme", scheme.name, "a weight-only scheme", hint)
-            )
+            raise ValueError(message("QuantizedEmbedding", "scheme", scheme.name, "a weight-only scheme", hint))
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.scheme = scheme
         self.dtype = dtype or torch.get_default_dtype()

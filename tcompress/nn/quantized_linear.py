@@ -117,9 +117,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", scheme={self.scheme.name}"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
 

@@ -94,9 +94,7 @@ class TransformerEncoderLayer(nn.Module):
         ours.norm1 = LayerNorm.from_torch(layer.norm1)
         ours.norm2 = LayerNorm.from_torch(layer.norm2)
         linears = {"linear1": layer.linear1, "linear2": layer.linear2}
-        state = {
-            f"{name}.{key}": t.clone() for name, lin in linears.items() for key, t in lin.state_dict().items()
-        }
+        state = {f"{name}.{key}": t.clone() for name, lin in linears.items() for key, t in lin.state_dict().items()}
         ours.feed_forward.load_state_dict(state, assign=True)
         return ours.train(layer.training)
 

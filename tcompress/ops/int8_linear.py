@@ -42,7 +42,7 @@ def int8_linear(
         weight: [N, K] int8, the storage layout.
         weight_scale: [N] float32; `W ≈ weight · weight_scale[:, None]`.
         bias: [N], any float type, or None.
-        kernel_weight: the result of `int8_prepack(weight)`; without it a CPU kernel rearranges the weight at every call.
+        kernel_weight: the result of `int8_prepack(weight)`; without it a CPU kernel rearranges the weight each time.
         act_bits: bits of the activations: 2 to 8 symmetric, 2 to 7 asymmetric.
         act_symmetric: signed without zero point (W8A8), or unsigned with one (W8A7, W7A7).
         activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
@@ -83,13 +83,9 @@ def _check(
     op = "int8_linear"
     per_token.check_float(x, op, "x")
     if weight.dtype != torch.int8:
-        raise TypeError(
-            message(op, "weight", weight.dtype, "int8", "quantize it with tcompress.quantize.rtn")
-        )
+        raise TypeError(message(op, "weight", weight.dtype, "int8", "quantize it with tcompress.quantize.rtn"))
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]")
-        )
+        raise ValueError(message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]"))
     n, k = weight.shape
     if k > MAX_K:
         raise ValueError(message(op, "K", k, f"at most {MAX_K}", "a longer sum could leave int32"))
@@ -112,8 +108,8 @@ _EXACT_K = 1024
 def integer_matmul(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`a @ weight.T` of 8-bit integers, |a| <= 127, exact in int32 at the speed of float32 matrix products.
 
-    The order of summation does not matter, nor does a reduced-precision mode of the device (bfloat16 and TF32 hold 8-bit
-    integers exactly and accumulate in float32).
+    The order of summation does not matter, nor does a reduced-precision mode of the device: bfloat16 and TF32 hold
+    8-bit integers exactly and accumulate in float32.
     """
     total = torch.zeros((*a.shape[:-1], weight.shape[0]), dtype=torch.int32, device=a.device)
     for k in range(0, a.shape[-1], _EXACT_K):

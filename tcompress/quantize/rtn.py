@@ -33,9 +33,7 @@ def round_to_nearest(weight: torch.Tensor, args: QuantArgs) -> PackedWeight:
     bad = int((~torch.isfinite(w)).sum())
     if bad:
         hint = "a NaN or infinite weight has no integer; repair the checkpoint"
-        raise ValueError(
-            message("round_to_nearest", "weight", f"{bad} values NaN or infinite", "finite", hint)
-        )
+        raise ValueError(message("round_to_nearest", "weight", f"{bad} values NaN or infinite", "finite", hint))
     q_max = 2 ** (args.bits - 1) - 1
     amax = w.abs().amax(1) if w.shape[1] else w.new_zeros(w.shape[0])
     scale = (amax / q_max).clamp_min(_MIN_SCALE)

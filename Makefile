@@ -1,0 +1,63 @@
+# Everything runs in .venv, which the first target makes.
+PYTHON ?= python3
+VENV ?= .venv
+# torch's exact version, because an open range may take another build than the one that is wanted.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h)
+
+.PHONY: help install demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      set up, then compress a pretrained model and measure it"
+	@echo "make test      set up, then lint, type check and the fast tests"
+	@echo "make test-all  the slow tests too"
+	@echo "make bench     benchmarks against other libraries, each in a process of its own"
+	@echo "make format    format all sources"
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.12" ninja
+	touch $@
+
+# The build is incremental: ninja compiles only what changed.
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	TCOMPRESS_REQUIRE_EXT=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m tcompress demo
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build tcompress/_C*.so *.egg-info
