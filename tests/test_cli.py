@@ -1,0 +1,56 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+import tcompress
+from tcompress.cli import app
+from tcompress.demo import runner
+from tcompress.demo.tasks import Metric
+from tcompress.timing import Timing
+
+
+def _result(before: float, after: float) -> runner.DemoResult:
+    timing = Timing(1e-3, (1e-3, 1e-3), 5)
+    metrics = tuple(Metric("rho", value, 3, "", "") for value in (before, after))
+    return runner.DemoResult((runner.Latency(1, 32, timing, timing),), (metrics,), (100, 25))
+
+
+def test_info_lists_every_path():
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 0
+    for path in tcompress._extension.C.all_paths():
+        assert path in result.output
+    assert "(chosen)" in result.output
+
+
+def test_demo_fails_when_accuracy_falls(monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda seconds: _result(0.7, 0.6))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert "rho fell from 0.7000 to 0.6000" in result.output
+
+
+def test_demo_fails_on_nan(monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda seconds: _result(0.7, float("nan")))
+    assert CliRunner().invoke(app, ["demo"]).exit_code == 1
+
+
+def test_demo_passes_within_the_bound(monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda seconds: _result(0.7, 0.7 - runner.MAX_LOSS / 2))
+    assert CliRunner().invoke(app, ["demo"]).exit_code == 0
+
+
+def test_compress_and_load(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(app, ["compress", str(tmp_path / "model"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "layers compressed" in result.output
+    model = tcompress.load(tmp_path / "out")
+    with torch.inference_mode():
+        assert model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape == (1, 3, 32)
