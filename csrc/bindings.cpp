@@ -104,8 +104,8 @@ Tensor int8_linear(const Tensor& x_in, const Tensor& weight, const Tensor& weigh
   std::optional<Tensor> bias;
   if (bias_in.has_value()) {
     // A float32 bias, whatever the type of x: the sum it is added to is float32 too.
-    bias = dense(bias_in->scalar_type() == ScalarType::Float ? *bias_in
-                                                                  : torch::stable::to(*bias_in, ScalarType::Float));
+    bias =
+        dense(bias_in->scalar_type() == ScalarType::Float ? *bias_in : torch::stable::to(*bias_in, ScalarType::Float));
     require(bias->numel() == n, "int8_linear: bias: expected [N]");
   }
   const Tensor kernel_weight = kernel_weight_in.has_value() ? *kernel_weight_in : int8_prepack(weight);

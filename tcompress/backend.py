@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -141,8 +141,8 @@ def select(op: str, *args: Any, **kwargs: Any) -> str:
             raise RuntimeError(message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason))
         return _forced
     if _forced is None:
-        for backend, unsupported in available.items():
-            if unsupported(*args, **kwargs) is None:
+        for backend in kernels(op):
+            if available[backend](*args, **kwargs) is None:
                 return backend
         if _extension.C is None and not _warned:
             _warn_once(op)
@@ -159,8 +159,29 @@ def _warn_once(op: str) -> None:
 def call(op: str, *args: Any) -> Any:
     """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
     if select(op, *args) == "reference":
-        return _references[op](*args)
+        return _Reference.apply(op, *args)
     return getattr(torch.ops.tcompress, op)(*args)
+
+
+class _Reference(torch.autograd.Function):
+    """A reference outside torch's dispatcher. Its plain torch would record a gradient of the scales alone, which is wrong
+    without a sign of it; backward raises, as it does for the op itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, *args: Any) -> Any:
+        ctx.op = op
+        return _references[op](*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(no_backward(ctx.op))
+
+
+def no_backward(op: str) -> str:
+    """What every op says when it is differentiated."""
+    hint = "call it under torch.inference_mode() or detach its inputs"
+    return message(op, "backward", "a gradient", "inference only", hint)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

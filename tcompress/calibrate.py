@@ -74,8 +74,8 @@ class OutputError:
         self.signal = self.noise = 0.0
         self.calls = 0
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        expected, got = output.double(), self.replacement(*args).double()
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        expected, got = output.double(), self.replacement(*args, **kwargs).double()
         self.signal += float(expected.square().sum())
         self.noise += float((got - expected).square().sum())
         self.calls += 1
@@ -97,7 +97,7 @@ def compare_outputs(
     errors = {old: OutputError(new) for old, new in replacements.items()}
     first_batch: Any = None
     first_output: torch.Tensor | None = None
-    handles = [old.register_forward_hook(error.hook) for old, error in errors.items()]
+    handles = [old.register_forward_hook(error.hook, with_kwargs=True) for old, error in errors.items()]
     try:
         with evaluating(model):
             for i, batch in enumerate(batches(data)):

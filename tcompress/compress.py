@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import get_console
 from rich.progress import track
 from torch import nn
 
@@ -60,7 +61,8 @@ def compress(
     before = model_sizes(model)
 
     cache: replace.PackedCache = {}
-    steps = track(matches, "compressing", disable=not progress, transient=True)
+    show = progress and get_console().is_terminal
+    steps = track(matches, "compressing", disable=not show, transient=True)
     replacements = {m.module: replace.quantized(m, cache) for m in steps}
     layers = [_layer_report(m, replacements[m.module]) for m in matches]
 
@@ -73,7 +75,9 @@ def compress(
             layer.model_copy(update={"output_sqnr_db": errors[m.module].sqnr_db})
             for layer, m in zip(layers, matches, strict=True)
         ]
-        notes += [f"{m.names[0]} was never called on the data" for m in matches if not errors[m.module].calls]
+        called = {id(m.module.weight) for m in matches if errors[m.module].calls}
+        idle = [m.names[0] or "(root)" for m in matches if id(m.module.weight) not in called]
+        notes += [f"{name} was never called on the data" for name in idle]
 
     skipped = [_skip_report(skip) for skip in skips]
     compressed = replace.swap(model, replacements, inplace=inplace)
@@ -112,14 +116,14 @@ def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
 
 def _skip_report(skip: Skip) -> LayerReport:
     nbytes = model_sizes(skip.module).disk
-    weight = getattr(skip.module, "weight", None)
+    has_weight = isinstance(getattr(skip.module, "weight", None), torch.Tensor)
     return LayerReport(
         name=skip.names[0],
         aliases=skip.names[1:],
         kind=type(skip.module).__name__,
         action="skipped",
         reason=skip.reason,
-        shape=tuple(weight.shape) if isinstance(weight, torch.Tensor) else (),
+        shape=tuple(replace.linear_weight(skip.module).shape) if has_weight else (),
         bytes_before=nbytes,
         bytes_after=nbytes,
     )

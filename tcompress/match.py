@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from tcompress.errors import message
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear
 from tcompress.ops.int8_linear import MAX_K
+from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Quantize, Recipe
 
@@ -71,16 +72,18 @@ def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
             continue
         if not _has_own_weight(module):
             continue
+        reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
             if not _any_matches(step.targets, paths, module):
                 continue
-            ignored = _ignored(step, paths, module, head)
-            reason = ignored or why_not(module, step.scheme)
+            reason = _ignored(step, paths, module, head) or why_not(module, step.scheme)
             if reason is None:
                 matches.append(Match(tuple(paths), module, step))
-            else:
-                skips.append(Skip(tuple(paths), module, reason))
-            break
+                break
+            reasons.append(reason)
+        else:
+            if reasons:
+                skips.append(Skip(tuple(paths), module, reasons[0]))
     matches, tied = _without_tied(model, matches)
     skips += tied
     if not matches:
@@ -117,6 +120,8 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
         if module.max_norm is not None:
             return "max_norm changes the table at every call"
         return "quantizing would not make it smaller" if module.embedding_dim < 2 else None
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {weight.dtype}, and int8_linear takes float32, bfloat16 or float16"
     if scheme.activations is None:
         return f"{scheme.name} leaves activations in floating point, which linear layers do not support yet"
     k = weight.shape[0] if is_conv1d(module) else weight.shape[1]
@@ -126,7 +131,11 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
 
 
 def _has_own_weight(module: nn.Module) -> bool:
-    return "weight" in module._parameters or parametrize.is_parametrized(module) or hasattr(module, "weight_orig")
+    return (
+        "weight" in module._parameters
+        or parametrize.is_parametrized(module)
+        or isinstance(vars(module).get("weight"), torch.Tensor)  # prune, weight_norm: computed by a hook
+    )
 
 
 def _any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -114,10 +115,20 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-            )
+            problems = "; ".join(_problem(dict(e)) for e in error.errors())
             raise ValueError(f"Recipe: {where}: {problems}") from error
+
+
+def _problem(error: dict[str, Any]) -> str:
+    """One of pydantic's errors in the form `argument: got X, expected Y`."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":  # raised by a validator of ours, in our form
+        return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "missing":
+        return f"{place}: got nothing, expected a value"
+    if error["type"] == "extra_forbidden":
+        return f"{place}: got an unknown field, expected no such field"
+    return f"{place}: got {reprlib.repr(error['input'])}, expected {error['msg'].removeprefix('Input should be ')}"
 
 
 def presets() -> list[str]:

@@ -7,12 +7,13 @@ import copy
 import torch
 from torch import nn
 
+from tcompress.errors import message
 from tcompress.match import Match, is_conv1d
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
 
-PackedCache = dict[tuple[int, QuantArgs], PackedWeight]
+PackedCache = dict[tuple[int, bool, QuantArgs], PackedWeight]
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
@@ -28,7 +29,7 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
         ValueError: the weight holds NaN or infinity; the message names the module.
     """
     module, scheme = match.module, match.step.scheme
-    key = (id(module.weight), scheme.weights)
+    key = (id(module.weight), is_conv1d(module), scheme.weights)
     if key not in cache:
         try:
             cache[key] = round_to_nearest(linear_weight(module), scheme.weights)
@@ -50,7 +51,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
     Not in place: everything else is copied, the replaced modules are not.
 
     Raises:
-        ValueError: in place, and the model itself is to be replaced.
+        ValueError: in place, and the model itself is to be replaced; or not in place, and it cannot be copied.
     """
     if inplace:
         if model in replacements:
@@ -63,7 +64,11 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
     else:
         # deepcopy takes what its memo holds instead of copying: no second copy of the replaced weights is made
         memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
-        model = copy.deepcopy(model, memo)
+        try:
+            model = copy.deepcopy(model, memo)
+        except RuntimeError as error:  # weights that a hook computes (prune, weight_norm)
+            got = f"a model that cannot be copied ({str(error).strip()})"
+            raise ValueError(message("compress", "model", got, "one that can", "or pass inplace=True")) from error
     disable_torch_fast_path(model)
     return model
 

@@ -10,10 +10,11 @@ namespace tcompress::cpu {
 
 namespace {
 
-// e^x for x clamped to [-87.3, 88.3], where the result is a normal number. NaN propagates.
+// e^x for x clamped to [-87.3, 88.8]: never subnormal, and infinity from 88.38 (n = 128), so that a sigmoid reaches 0
+// and not a 4e-39 that a large x would multiply. NaN propagates.
 template <class V>
 inline V exp_clamped(V x) {
-  x = max(V::set1(-87.3f), min(V::set1(88.3f), x));
+  x = max(V::set1(-87.3f), min(V::set1(88.8f), x));
   const V n = round_even(x * V::set1(1.44269504f));
   // Cody-Waite: ln 2 in two parts, the first exact in few bits, so that n*ln2_hi has no rounding error.
   const V r = fma(n, V::set1(2.12194440e-4f), fma(n, V::set1(-0.693359375f), x));

@@ -1,13 +1,14 @@
 // One token to 8-bit (or fewer) integers, as a template over the vector class of a path (vec_*.h).
 //
-//   symmetric:   scale = max|x| / qmax,             q = clamp(round(x / scale), -qmax, qmax),       qmax = 2^(bits-1) -
-//   1 asymmetric:  scale = (max(x,0) - min(x,0)) / qmax, zero_point = round(-min(x,0) / scale),
-//                q = clamp(round(x / scale) + zero_point, 0, qmax),                                 qmax = 2^bits - 1
+//   symmetric, qmax = 2^(bits-1) - 1:   scale = max|x| / qmax
+//                                       q = clamp(round(x / scale), -qmax, qmax)
+//   asymmetric, qmax = 2^bits - 1:      scale = (max(x,0) - min(x,0)) / qmax
+//                                       zero_point = round(-min(x,0) / scale)
+//                                       q = clamp(round(x / scale) + zero_point, 0, qmax)
 //
 // Rounding is half to even. Division is written as multiplication by a float32 reciprocal, the same in the reference,
 // so that all paths and devices agree bit for bit. The range of a row is at least kMinRange: an all-zero row needs no
-// special case and the reciprocal stays finite. A row that holds NaN or infinity gets scale NaN, zero point 0 and q =
-// 0.
+// special case and the reciprocal stays finite. A row that holds NaN or infinity gets scale NaN and zeros for the rest.
 #pragma once
 
 #include <cstdint>

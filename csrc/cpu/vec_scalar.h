@@ -96,7 +96,7 @@ inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec abs(Vec a) { return {__builtin_fabsf(a.v)}; }
 inline Vec round_even(Vec a) { return {round_half_even(a.v)}; }
-// 2^n for an integral n in [-126, 127].
+// 2^n for an integral n in [-126, 127], and infinity for 128.
 inline Vec exp2_integral(Vec n) {
   return {float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)};
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.formats.module_spec import EmbeddingSpec, LinearSpec, build, describe
+from tcompress.formats.module_spec import DTYPES, DtypeName, EmbeddingSpec, LinearSpec, build, describe, mismatch
 from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.match import COMPRESSED
 from tcompress.replace import disable_torch_fast_path
 
 METADATA = "tcompress.json"
 VERSION = 1
+#: Names that `save` gives. Other tools name their files model-*.safetensors too, and those are not ours to delete.
+_TENSORS = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
 class Metadata(BaseModel):
@@ -36,6 +39,7 @@ class Metadata(BaseModel):
         tensors: name of the safetensors file, and its size in bytes.
         modules: the compressed modules by path; a path of a module described elsewhere maps to that path.
         aliases: state-dict keys that share the tensor of another key.
+        buffer_dtypes: of the float buffers that a state dict leaves out; the model makes them itself, in its own type.
         transformers: class and configuration of a Hugging Face model, with which `load` builds the model itself.
     """
 
@@ -46,6 +50,7 @@ class Metadata(BaseModel):
     tensors_bytes: int
     modules: dict[str, LinearSpec | EmbeddingSpec | str]
     aliases: dict[str, str] = {}
+    buffer_dtypes: dict[str, DtypeName] = {}
     transformers: dict[str, Any] | None = None
 
 
@@ -62,8 +67,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         The folder.
 
     Raises:
-        TypeError: not a module. ValueError: nothing in it is compressed, a module keeps state that is not a tensor, or
-            a tensor is on the meta device. OSError: the folder cannot be written.
+        TypeError: not a module. ValueError: nothing in it is compressed, it is a single compressed layer, a module
+            keeps state that is not a tensor, or a tensor is on the meta device. OSError: the folder cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("save", "model", type(model).__name__, "a torch.nn.Module"))
@@ -71,18 +76,22 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     if not modules:
         hint = "use tcompress.compress first, or safetensors for a plain model"
         raise ValueError(message("save", "model", "one without compressed modules", "a compressed model", hint))
+    if "" in modules:
+        hint = "wrap it in torch.nn.Sequential"
+        raise ValueError(message("save", "model", "a single compressed layer", "a model that holds it", hint))
     tensors, aliases = _unique_tensors(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"model-{uuid.uuid4().hex[:12]}.safetensors"
     temporary = folder / f".{METADATA}.{uuid.uuid4().hex[:12]}"
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        _write_tensors(tensors, path)
         metadata = Metadata(
             tensors=path.name,
             tensors_bytes=path.stat().st_size,
             modules=modules,
             aliases=aliases,
+            buffer_dtypes=_unsaved_buffer_dtypes(model),
             transformers=hugging_face_info(model),
         )
         temporary.write_text(metadata.model_dump_json(indent=1) + "\n")
@@ -91,8 +100,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         path.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
         raise
-    for stale in folder.glob("model-*.safetensors"):
-        if stale != path:
+    for stale in folder.iterdir():
+        if stale != path and _TENSORS.fullmatch(stale.name):
             stale.unlink()
     return folder
 
@@ -122,7 +131,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = new_model(metadata.transformers).eval()
     replacements = _build_modules(metadata, model)
     _check_fit(folder, model, replacements, state)
-    _install(model, replacements, state)
+    _install(model, replacements, state, metadata)
     return model
 
 
@@ -160,6 +169,19 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
             tensors[key] = value.clone()
         storages.add(address)
     return tensors, aliases
+
+
+def _unsaved_buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    saved = model.state_dict().keys()
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {key: names[b.dtype] for key, b in model.named_buffers() if key not in saved and b.dtype in names}
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its form of a full disk
+        raise OSError(message("save", path.name, f"an error ({error})", "a file that can be written")) from error
 
 
 def _read_metadata(folder: Path) -> Metadata:
@@ -206,11 +228,18 @@ def _build_modules(metadata: Metadata, model: nn.Module) -> dict[str, nn.Module]
     """The compressed modules by path, empty; a shared module stands at several paths."""
     places = dict(model.named_modules(remove_duplicate=False))
     built: dict[str, nn.Module] = {}
+    specs: dict[str, LinearSpec | EmbeddingSpec] = {}
+    hint = "is it the architecture that was saved?"
     for name, spec in metadata.modules.items():
         if name not in places or name == "":
-            hint = "is it the architecture that was saved?"
             raise ValueError(message("load", "model", f"no module {name!r}", "one to replace there", hint))
-        built[name] = build(spec) if not isinstance(spec, str) else built[spec]
+        if isinstance(spec, str) and spec not in built:
+            raise ValueError(message("load", f"module {name}", f"a reference to {spec!r}", "a module before it"))
+        specs[name] = specs[spec] if isinstance(spec, str) else spec
+        wrong = mismatch(places[name], specs[name])
+        if wrong is not None:
+            raise ValueError(message("load", f"model.{name}", *wrong, hint))
+        built[name] = built[spec] if isinstance(spec, str) else build(spec)
         built[name].train(places[name].training)
     return built
 
@@ -219,37 +248,42 @@ def _check_fit(
     folder: Path, model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor]
 ) -> None:
     expected = {
-        key: value.shape
+        key: value
         for key, value in model.state_dict().items()
         if not any(key.startswith(f"{name}.") for name in replacements)
     }
-    for name, module in replacements.items():
-        expected |= {f"{name}.{key}": value.shape for key, value in module.state_dict().items()}
+    compressed = {f"{name}.{k}": v for name, module in replacements.items() for k, v in module.state_dict().items()}
+    expected |= compressed
     problems = [f"missing key {key}" for key in expected if key not in state]
     problems += [f"unexpected key {key}" for key in state if key not in expected]
-    problems += [
-        f"shape of {key}: got {list(state[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
+    for key in [key for key in expected if key in state]:
+        got, want = state[key], expected[key]
+        if got.shape != want.shape:
+            problems.append(f"shape of {key}: got {list(got.shape)}, expected {list(want.shape)}")
+        # What is not compressed may be of another float type than the model, which then takes the checkpoint's.
+        exact = key in compressed or not want.is_floating_point()
+        if got.dtype != want.dtype if exact else not got.is_floating_point():
+            problems.append(f"dtype of {key}: got {got.dtype}, expected {want.dtype}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"load: {folder}: does not fit the model: {'; '.join(problems[:5])}{more}")
 
 
-def _install(model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor]) -> None:
+def _install(
+    model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor], metadata: Metadata
+) -> None:
     for name, module in replacements.items():
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = module
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
     # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
     model.load_state_dict(state, assign=True)
-    for names in groups.values():
-        if len(names) > 1:  # assigning made a parameter of its own of each name; tie them again
-            shared = model.get_parameter(names[0])
-            for name in names[1:]:
-                parent, _, child = name.rpartition(".")
-                model.get_submodule(parent)._parameters[child] = shared
+    first: dict[int, nn.Parameter] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if key in state:  # assigning made a parameter of its own of each key; those that share a tensor are tied again
+            parent, _, child = key.rpartition(".")
+            model.get_submodule(parent)._parameters[child] = first.setdefault(id(state[key]), parameter)
+    for key, buffer in model.named_buffers():
+        if key in metadata.buffer_dtypes:
+            parent, _, child = key.rpartition(".")
+            model.get_submodule(parent)._buffers[child] = buffer.to(DTYPES[metadata.buffer_dtypes[key]])
     disable_torch_fast_path(model)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import nn
 
 from tcompress.errors import message
+from tcompress.match import is_conv1d
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear
 from tcompress.quantize.scheme import Scheme
+from tcompress.replace import linear_weight
 
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+#: The float types by the names that a checkpoint uses.
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def _known(value: str) -> str:
+    if value not in DTYPES:
+        raise ValueError(message("load", "dtype", repr(value), f"one of {sorted(DTYPES)}"))
+    return value
+
+
+DtypeName = Annotated[str, AfterValidator(_known)]
 
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     scheme: Scheme
-    dtype: str
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in _DTYPES:
-            raise ValueError(message("load", "dtype", repr(value), f"one of {sorted(_DTYPES)}"))
-        return value
+    dtype: DtypeName
 
 
 class LinearSpec(_Spec):
@@ -71,12 +76,37 @@ def describe(module: nn.Module) -> LinearSpec | EmbeddingSpec:
 
 def build(spec: LinearSpec | EmbeddingSpec) -> nn.Module:
     """A module without values (on the meta device), to be loaded by assignment."""
-    dtype = _DTYPES[spec.dtype]
+    dtype = DTYPES[spec.dtype]
     if isinstance(spec, LinearSpec):
         shape = (spec.in_features, spec.out_features, spec.bias, spec.scheme)
         return QuantizedLinear(*shape, device="meta", dtype=dtype, activation=spec.activation)
     table = (spec.num_embeddings, spec.embedding_dim, spec.padding_idx, spec.scheme)
     return QuantizedEmbedding(*table, device="meta", dtype=dtype)
+
+
+def mismatch(module: nn.Module, spec: LinearSpec | EmbeddingSpec) -> tuple[str, str] | None:
+    """What a model has at a place and what the checkpoint has there, or None if they agree."""
+    got = type(module).__name__
+    if isinstance(module, nn.Linear | QuantizedLinear):
+        got = _linear(module.out_features, module.in_features, module.bias is not None)
+    elif is_conv1d(module):
+        n, k = linear_weight(module).shape
+        got = _linear(n, k, True)
+    elif isinstance(module, nn.Embedding | QuantizedEmbedding):
+        got = _embedding(module.num_embeddings, module.embedding_dim)
+    if isinstance(spec, LinearSpec):
+        expected = _linear(spec.out_features, spec.in_features, spec.bias)
+    else:
+        expected = _embedding(spec.num_embeddings, spec.embedding_dim)
+    return None if got == expected else (got, expected)
+
+
+def _linear(n: int, k: int, bias: bool) -> str:
+    return f"a linear layer [{n}, {k}] {'with' if bias else 'without'} bias"
+
+
+def _embedding(n: int, k: int) -> str:
+    return f"an embedding [{n}, {k}]"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -37,6 +37,8 @@ def new_model(info: dict[str, Any]) -> nn.Module:
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         hint = "install the release of transformers that the model was saved with, or pass model="
         raise ValueError(message("load", "class", repr(name), "a model class of transformers", hint))
+    if not isinstance(info.get("config"), dict):
+        raise ValueError(message("load", "config", type(info.get("config")).__name__, "a mapping"))
     config_class: Any = model_class.config_class
     model: Any = model_class(config_class.from_dict(info["config"]))
     if "generation_config" in info:

@@ -87,10 +87,10 @@ class QuantizedEmbedding(nn.Module):
         """The table in its storage layout; shares memory with the module."""
         return PackedWeight(self.weight_packed, self.weight_scale, (self.num_embeddings, self.embedding_dim))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: [...] integers. Returns [..., embedding_dim]."""
-        rows = F.embedding(ids, self.weight_packed).float()
-        return (rows * F.embedding(ids, self.weight_scale[:, None])).to(self.dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: [...] integers. Returns [..., embedding_dim]."""
+        rows = F.embedding(input, self.weight_packed).float()
+        return (rows * F.embedding(input, self.weight_scale[:, None])).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme.name}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.ops import int8_linear, int8_prepack
+from tcompress.ops.int8_linear import ACTIVATIONS
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
@@ -30,7 +31,7 @@ class QuantizedLinear(nn.Module):
         activation: applied to the result inside the kernel: "none", "relu", "gelu", "gelu_tanh", "silu".
 
     Raises:
-        ValueError: a weight-only scheme.
+        ValueError: a weight-only scheme, or an unknown activation.
     """
 
     weight_packed: torch.Tensor
@@ -52,6 +53,8 @@ class QuantizedLinear(nn.Module):
         if scheme.activations is None:
             hint = "weight-only linear layers are not implemented yet"
             raise ValueError(message("QuantizedLinear", "scheme", scheme.name, "quantized activations", hint))
+        if activation not in ACTIVATIONS:
+            raise ValueError(message("QuantizedLinear", "activation", repr(activation), f"one of {ACTIVATIONS}"))
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.activation = scheme, activation
         self._act_bits, self._act_symmetric = scheme.activations.bits, scheme.activations.symmetric
@@ -103,10 +106,10 @@ class QuantizedLinear(nn.Module):
         """The weight in its storage layout; shares memory with the module."""
         return PackedWeight(self.weight_packed, self.weight_scale, (self.out_features, self.in_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K] float32, bfloat16 or float16. Returns [..., N] in the type of x."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: [..., K] float32, bfloat16 or float16. Returns [..., N] in its type."""
         return int8_linear(
-            x,
+            input,
             self.weight_packed,
             self.weight_scale,
             self.bias,

@@ -47,10 +47,7 @@ def define(op: Op) -> Op:
     torch.library.register_fake(f"tcompress::{op.name}", op.fake, lib=_library)
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{op.name}: backward: got a gradient, expected inference only; "
-            "call it under torch.inference_mode() or detach its inputs"
-        )
+        raise RuntimeError(backend.no_backward(op.name))
 
     torch.library.register_autograd(f"tcompress::{op.name}", backward, lib=_library)
     backend.register_reference(op.name, op.reference)

@@ -89,11 +89,14 @@ def _check(
     n, k = weight.shape
     if k > MAX_K:
         raise ValueError(message(op, "K", k, f"at most {MAX_K}", "a longer sum could leave int32"))
-    if weight_scale.dtype != torch.float32 or weight_scale.shape != (n,):
-        got = f"{weight_scale.dtype} {list(weight_scale.shape)}"
-        raise ValueError(message(op, "weight_scale", got, f"float32 [{n}]"))
-    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
-        raise ValueError(message(op, "bias", f"{bias.dtype} {list(bias.shape)}", f"a float tensor [{n}]"))
+    if weight_scale.dtype != torch.float32:
+        raise TypeError(message(op, "weight_scale", weight_scale.dtype, "float32"))
+    if weight_scale.shape != (n,):
+        raise ValueError(message(op, "weight_scale", list(weight_scale.shape), f"[{n}]"))
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(message(op, "bias", bias.dtype, "a float tensor"))
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(message(op, "bias", list(bias.shape), f"[{n}]"))
     per_token.check_bits(act_bits, 8 if act_symmetric else 7, op, "act_bits")
     if activation not in ACTIVATIONS:
         raise ValueError(message(op, "activation", repr(activation), f"one of {ACTIVATIONS}"))

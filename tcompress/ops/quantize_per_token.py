@@ -68,7 +68,7 @@ def check_bits(bits: int, highest: int, op: str, argument: str) -> None:
 
 
 def reference(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = x.float()
+    x = x.float().contiguous()  # the results are contiguous, as `fake` says
     q_max = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     zero = x.new_zeros((*x.shape[:-1], 1))
     if x.shape[-1] == 0:

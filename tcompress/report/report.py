@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_serializer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tcompress.recipe import Recipe
 from tcompress.report.size import Sizes
@@ -114,7 +115,8 @@ class Report(BaseModel):
                 change += f" → {layer.bytes_after / MIB:.2f}"
             shape = "×".join(map(str, layer.shape))
             ratios = (_db(layer.weight_sqnr_db), _db(layer.output_sqnr_db))
-            table.add_row((layer.name or "(root)") + more, layer.kind, shape, action, change, *ratios)
+            cells = ((layer.name or "(root)") + more, layer.kind, shape, action, change, *ratios)
+            table.add_row(*map(Text, cells))  # as Text: a reason such as "ignored by 'layer.[ab]'" is no markup
         return table
 
     def _size_table(self) -> Table:

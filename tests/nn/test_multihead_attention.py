@@ -12,14 +12,10 @@ def attention_float64(module, q, k, v, allowed=None):
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
 
     def heads(name, x):
-        y = torch.einsum("bsk,nk->bsn", x.double(), weights[f"{name}.weight"]) + weights.get(
-            f"{name}.bias", 0
-        )
+        y = torch.einsum("bsk,nk->bsn", x.double(), weights[f"{name}.weight"]) + weights.get(f"{name}.bias", 0)
         return y.reshape(*x.shape[:2], module.n_head, module.d_head)
 
-    scores = torch.einsum("bqhd,bkhd->bhqk", heads("q_proj", q), heads("k_proj", k)) / math.sqrt(
-        module.d_head
-    )
+    scores = torch.einsum("bqhd,bkhd->bhqk", heads("q_proj", q), heads("k_proj", k)) / math.sqrt(module.d_head)
     weight = scores.exp() if allowed is None else scores.exp() * allowed
     total = weight.sum(-1, keepdim=True)
     probability = weight / torch.where(total == 0, 1.0, total)
@@ -38,9 +34,7 @@ def inputs(batch=2, sq=5, skv=7, d_model=10, dtype=torch.float32):
     return tuple(torch.randn(size, dtype=dtype) for size in sizes)
 
 
-@pytest.mark.parametrize(
-    ("n_head", "d_model", "d_head"), [(3, 10, 4), (1, 10, 10), (2, 10, 5), (5, 10, 1), (2, 1, 3)]
-)
+@pytest.mark.parametrize(("n_head", "d_model", "d_head"), [(3, 10, 4), (1, 10, 10), (2, 10, 5), (5, 10, 1), (2, 1, 3)])
 @pytest.mark.parametrize(("sq", "skv"), [(5, 7), (7, 5), (1, 1), (1, 9), (0, 3)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_formula(n_head, d_model, d_head, sq, skv, dtype, tolerance):
@@ -55,9 +49,7 @@ def test_without_bias():
     module = make(bias=False)
     q, k, v = inputs()
     assert [name for name, _ in module.named_parameters()] == [f"{n}_proj.weight" for n in "qkvo"]
-    torch.testing.assert_close(
-        module(q, k, v).double(), attention_float64(module, q, k, v), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(module(q, k, v).double(), attention_float64(module, q, k, v), rtol=1e-5, atol=1e-5)
 
 
 def test_projection_shapes():
@@ -123,9 +115,7 @@ def test_fully_masked_rows_attend_to_nothing(dtype, tolerance, requires_grad):
     with torch.set_grad_enabled(requires_grad):
         y = module(q, k, v, mask)
     assert torch.equal(y[0, 2], module.o_proj.bias)
-    torch.testing.assert_close(
-        y.double(), attention_float64(module, q, k, v, mask), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(y.double(), attention_float64(module, q, k, v, mask), rtol=tolerance, atol=tolerance)
     if requires_grad:
         y.sum().backward()
         assert all(x.grad.isfinite().all() for x in (q, k, v, *module.parameters()))
@@ -325,7 +315,5 @@ def test_from_torch_refuses_another_class():
     with pytest.raises(TypeError, match="out_proj: got Identity"):
         MultiHeadAttention.from_torch(swapped)
     for module in (Other(12, 3), nn.Linear(2, 2)):
-        with pytest.raises(
-            TypeError, match=f"got {type(module).__name__}, expected torch.nn.MultiheadAttention"
-        ):
+        with pytest.raises(TypeError, match=f"got {type(module).__name__}, expected torch.nn.MultiheadAttention"):
             MultiHeadAttention.from_torch(module)

@@ -16,9 +16,7 @@ ACTIVATIONS = {
 
 def torch_layer(dtype=torch.float32, dropout=0.1, batch_first=True, **arguments):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(
-        12, 3, 20, dropout=dropout, batch_first=batch_first, dtype=dtype, **arguments
-    )
+    layer = nn.TransformerEncoderLayer(12, 3, 20, dropout=dropout, batch_first=batch_first, dtype=dtype, **arguments)
     randomise(layer)
     return layer.eval()
 
@@ -172,9 +170,7 @@ def test_encoder_constructor():
 
 
 def test_encoder_fullgraph():
-    encoder = TransformerEncoder.from_torch(
-        torch_encoder(torch_layer(norm_first=True), norm=nn.LayerNorm(12))
-    )
+    encoder = TransformerEncoder.from_torch(torch_encoder(torch_layer(norm_first=True), norm=nn.LayerNorm(12)))
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     assert torch.equal(compiled(tokens(), CAUSAL), encoder(tokens(), CAUSAL))
 

@@ -1,0 +1,163 @@
+"""What holds for every op: torch's own checks, autograd, `torch.compile`, threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cases
+import oracle
+import pytest
+import torch
+
+from tcompress import ops, use_backend, use_cpu_path
+from tcompress.ops._registry import OPS
+
+SAMPLES = [(op, i) for op, samples in cases.SAMPLES.items() for i in range(len(samples))]
+SHAPE = cases.Shape("dispatch", 5, 33, 20)
+X, WEIGHT, SCALE, BIAS = cases.linear_operands(SHAPE, torch.float32)
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def equal(a, b):
+    return all(oracle.same_bits(u, v) for u, v in zip(outputs(a), outputs(b), strict=True))
+
+
+@pytest.mark.parametrize(("op", "i"), SAMPLES)
+def test_opcheck(op, i):
+    torch.library.opcheck(getattr(torch.ops.tcompress, op).default, cases.SAMPLES[op][i])
+
+
+@pytest.mark.parametrize("op", ["quantize_per_token", "int8_linear"])
+def test_opcheck_of_inputs_that_require_a_gradient(op):
+    x, *others = cases.SAMPLES[op][0]
+    arguments = (x.detach().clone().requires_grad_(), *others)
+    # The last of torch's checks runs backward, which raises by design.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.tcompress, op).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(("op", "i"), SAMPLES)
+def test_kernel_and_fake_agree_with_reference(op, i):
+    arguments = cases.SAMPLES[op][i]
+    expected = outputs(OPS[op].reference(*arguments))
+    got = outputs(getattr(torch.ops.tcompress, op)(*arguments))
+    fake = outputs(OPS[op].fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)))
+    for a, b, c in zip(expected, got, fake, strict=True):
+        assert oracle.same_bits(a, b) or OPS[op].tolerance > 0
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) == (c.shape, c.dtype)
+        assert a.numel() == 0 or a.stride() == b.stride() == c.stride()
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def both(x):
+    _, scale, _ = ops.quantize_per_token(x)
+    return ops.int8_linear(x, WEIGHT, SCALE, BIAS, activation="gelu") * scale
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_backward_raises(backend):
+    x = X.clone().requires_grad_()
+    bias = BIAS.clone().requires_grad_()
+    with use_backend(backend):
+        results = {
+            "quantize_per_token": ops.quantize_per_token(x)[1],
+            "int8_linear": ops.int8_linear(X, WEIGHT, SCALE, bias),
+        }
+        assert ops.int8_linear(x, WEIGHT, SCALE).requires_grad
+    for op, y in results.items():
+        with pytest.raises(RuntimeError, match=f"{op}: backward: got a gradient, expected inference only; "):
+            y.sum().backward()
+    assert x.grad is None
+    assert bias.grad is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_forward_is_the_same_with_and_without_autograd(backend):
+    with use_backend(backend):
+        expected = both(X)
+        assert not expected.requires_grad
+        assert equal(both(X.clone().requires_grad_()).detach(), expected)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                y = both(X.clone().requires_grad_())
+                assert not y.requires_grad
+                assert equal(y, expected)
+                assert equal(both(torch.randn(0, 20)), torch.zeros(0, 33))
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compile(backend, fresh_dynamo):
+    def everything(x, weight, scale, bias):
+        packed = ops.int8_prepack(weight)
+        y = ops.int8_linear(x, weight, scale, bias, packed, activation="relu")
+        acc = ops.int8_linear(x, weight, scale, act_bits=7, act_symmetric=False, out_dtype=torch.int32)
+        q, s, z = ops.quantize_per_token(y, 7, False)
+        return y, (q.int() - z) * s, acc
+
+    with use_backend(backend):
+        compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
+        for m in (5, 2, 7):
+            x = cases.INPUTS["normal"](m, 20, torch.float32)
+            assert equal(compiled(x, WEIGHT, SCALE, BIAS), everything(x, WEIGHT, SCALE, BIAS))
+        with torch.no_grad():
+            x = X.clone().requires_grad_()
+            assert equal(compiled(x, WEIGHT, SCALE, BIAS), everything(X, WEIGHT, SCALE, BIAS))
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", cases.CPU_PATHS)
+@pytest.mark.parametrize("shape", [s for s in cases.SHAPES if s.m * s.n * s.k >= 2**19], ids=str)
+def test_result_does_not_depend_on_the_number_of_threads(path, shape, torch_threads):
+    x, weight, scale, bias = cases.linear_operands(shape, torch.float32)
+    packed = ops.int8_prepack(weight)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch_threads(threads)
+        with use_backend("cpu"), use_cpu_path(path):
+            y = ops.int8_linear(x, weight, scale, bias, packed, activation="gelu")
+            results.append((y, ops.int8_prepack(weight), *ops.quantize_per_token(x)))
+    for result in results[1:]:
+        assert equal(result, results[0])
+
+
+@pytest.mark.parametrize("path", cases.CPU_PATHS)
+def test_calls_from_several_python_threads(path):
+    """Each with a problem of its own, large and small in turns, so that none may see the scratch memory of another."""
+    shapes = [s for s in cases.SHAPES if s.name in ("rows-in-blocks", "tall", "wide", "primes", "group-and-1")]
+    problems = [
+        (cases.linear_operands(s, torch.float32), scheme) for s in shapes for scheme in (cases.W8A8, cases.W8A7)
+    ]
+
+    def run(problem):
+        operands, (bits, symmetric) = problem
+        y = ops.int8_linear(*operands, act_bits=bits, act_symmetric=symmetric, activation="silu")
+        return (y, *ops.quantize_per_token(operands[0], bits, symmetric))
+
+    with use_backend("cpu"), use_cpu_path(path):
+        expected = [run(problem) for problem in problems]
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(run, problems * 8))
+    for i, result in enumerate(results):
+        assert equal(result, expected[i % len(problems)])

@@ -1,0 +1,98 @@
+import pytest
+from pydantic import ValidationError
+
+from tcompress import QuantArgs, Scheme
+from tcompress.quantize import SCHEMES, PerChannel, PerToken
+
+WEIGHTS = QuantArgs(bits=8)
+#: By name: bits of the weights, bits and symmetry of the activations.
+TABLE = {"W8A8": (8, 8, True), "W8A7": (8, 7, False), "W7A7": (7, 7, False), "W8A16": (8, None, None)}
+
+
+def activations(**changes):
+    return QuantArgs(**{"bits": 8, "symmetric": True, "granularity": PerToken(), "dynamic": True, **changes})
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_named(name):
+    scheme = Scheme.named(name)
+    weight_bits, act_bits, act_symmetric = TABLE[name]
+    assert scheme.name == name
+    assert scheme.weights == QuantArgs(bits=weight_bits, symmetric=True, granularity=PerChannel(), dynamic=False)
+    if act_bits is None:
+        assert scheme.activations is None
+    else:
+        assert scheme.activations == activations(bits=act_bits, symmetric=act_symmetric)
+
+
+def test_the_table_is_complete():
+    assert set(SCHEMES) == set(TABLE)
+
+
+@pytest.mark.parametrize("name", ["W4A4", "w8a8", "", "W8A8 "])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match=r"Scheme: name: got .*, expected one of \['W7A7', 'W8A16', 'W8A7', 'W8A8'\]"):
+        Scheme.named(name)
+
+
+def test_name_of_a_scheme_that_has_none_in_the_table():
+    assert Scheme(weights=QuantArgs(bits=5), activations=activations(bits=3)).name == "W5A3"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"symmetric": False}, {"dynamic": True}, {"granularity": PerToken()}],
+)
+def test_weights_that_nothing_computes(weights):
+    with pytest.raises(ValueError, match=r"Scheme: weights: got .*, expected symmetric, static, per channel"):
+        Scheme(weights=QuantArgs(**weights))
+
+
+@pytest.mark.parametrize("changes", [{"dynamic": False}, {"granularity": PerChannel()}])
+def test_activations_that_nothing_computes(changes):
+    with pytest.raises(ValueError, match=r"Scheme: activations: got .*, expected dynamic, per token"):
+        Scheme(weights=WEIGHTS, activations=activations(**changes))
+
+
+def test_asymmetric_activations_have_seven_bits_at_most():
+    assert Scheme(weights=WEIGHTS, activations=activations(bits=7, symmetric=False)).name == "W8A7"
+    with pytest.raises(ValueError, match=r"Scheme: activations\.bits: got 8, expected at most 7"):
+        Scheme(weights=WEIGHTS, activations=activations(bits=8, symmetric=False))
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_bits_in_range(bits):
+    assert QuantArgs(bits=bits).bits == bits
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -8, 7.5, "eight"])
+def test_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match="bits"):
+        QuantArgs(bits=bits)
+
+
+@pytest.mark.parametrize("make", [QuantArgs, PerToken, PerChannel, lambda **kw: Scheme(weights=WEIGHTS, **kw)])
+def test_unknown_fields(make):
+    with pytest.raises(ValueError, match="colour"):
+        make(colour="red")
+
+
+def test_frozen_and_hashable():
+    scheme = Scheme.named("W8A8")
+    with pytest.raises(ValidationError):
+        scheme.activations = None
+    with pytest.raises(ValidationError):
+        scheme.weights.bits = 4
+    assert {scheme: 1}[Scheme(weights=QuantArgs(), activations=activations())] == 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_json_round_trip(name):
+    scheme = Scheme.named(name)
+    assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
+
+
+def test_granularity_by_kind():
+    assert QuantArgs.model_validate({"granularity": {"kind": "per_token"}}).granularity == PerToken()
+    with pytest.raises(ValueError, match="per_planet"):
+        QuantArgs.model_validate({"granularity": {"kind": "per_planet"}})

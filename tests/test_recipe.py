@@ -1,0 +1,175 @@
+import json
+import re
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from tcompress import QuantArgs, Quantize, Recipe, Scheme, presets
+from tcompress.quantize import PerToken
+
+#: `where: argument: got X, expected Y`
+FORM = re.compile(r"^[^:]+: [^:]+: .*got .+, expected .+", re.DOTALL)
+CONTENT = {"steps": [{"scheme": "W8A8", "targets": ["Linear"], "ignore": ["lm_head", "re:.*head"]}]}
+
+
+def error_of(content, kind=ValueError):
+    with pytest.raises(kind) as caught:
+        Recipe.load(content)
+    assert FORM.match(str(caught.value)), str(caught.value)
+    return str(caught.value)
+
+
+def test_the_int8_preset():
+    assert "int8" in presets()
+    recipe = Recipe.load("int8")
+    assert recipe.version == 1
+    linear, embedding = recipe.steps
+    assert (linear.scheme.name, linear.targets, linear.ignore) == ("W8A7", ("Linear", "Conv1D"), ("lm_head",))
+    assert (embedding.scheme.name, embedding.targets, embedding.ignore) == ("W8A16", ("Embedding",), ("lm_head",))
+
+
+def test_presets_are_sorted_and_all_load():
+    assert presets() == sorted(presets())
+    assert all(isinstance(Recipe.load(name), Recipe) for name in presets())
+
+
+def test_dict():
+    (step,) = Recipe.load(CONTENT).steps
+    assert step == Quantize(scheme="W8A8", targets=("Linear",), ignore=("lm_head", "re:.*head"))
+
+
+def test_a_recipe_is_returned_as_it_is():
+    recipe = Recipe.load(CONTENT)
+    assert Recipe.load(recipe) is recipe
+
+
+def test_defaults():
+    step = Quantize(scheme="W8A8")
+    assert (step.step, step.targets, step.ignore) == ("quantize", ("Linear", "Conv1D"), ("lm_head",))
+
+
+def test_one_pattern_may_stand_without_a_list():
+    step = Quantize(scheme="W8A8", targets="Linear", ignore="head")
+    assert (step.targets, step.ignore) == (("Linear",), ("head",))
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_yaml_path(tmp_path, suffix, kind):
+    path = tmp_path / f"recipe{suffix}"
+    path.write_text("version: 1\nsteps:\n  - scheme: W7A7\n    targets: query\n")
+    (step,) = Recipe.load(kind(path)).steps
+    assert (step.scheme.name, step.targets) == ("W7A7", ("query",))
+
+
+def test_json_path(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(CONTENT))
+    assert Recipe.load(path) == Recipe.load(CONTENT)
+
+
+def test_a_scheme_spelled_out_equals_the_named_one():
+    activations = {"bits": 7, "symmetric": False, "granularity": {"kind": "per_token"}, "dynamic": True}
+    spelled = {"weights": {"bits": 8}, "activations": activations}
+    assert Recipe.load({"steps": [{"scheme": spelled}]}) == Recipe.load({"steps": [{"scheme": "W8A7"}]})
+
+
+@pytest.mark.parametrize("name", ["int8", "content", "custom"])
+def test_yaml_and_json_round_trip(tmp_path, name):
+    activations = QuantArgs(bits=3, symmetric=False, dynamic=True, granularity=PerToken())
+    custom = Scheme(weights=QuantArgs(bits=5), activations=activations)
+    recipes = {
+        "int8": Recipe.load("int8"),
+        "content": Recipe.load(CONTENT),
+        "custom": Recipe(steps=(Quantize(scheme=custom, targets=("re:a'\"\\.b",), ignore=()),)),
+    }
+    recipe = recipes[name]
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+    assert yaml.safe_load(recipe.to_yaml())["version"] == 1
+    path = tmp_path / "r.json"
+    path.write_text(recipe.model_dump_json())
+    assert Recipe.load(path) == recipe
+
+
+def test_frozen():
+    recipe = Recipe.load("int8")
+    with pytest.raises(ValidationError):
+        recipe.version = 2
+    with pytest.raises(ValidationError):
+        recipe.steps[0].targets = ()
+    with pytest.raises(ValidationError):
+        recipe.steps[0].scheme.weights.bits = 4
+    assert hash(recipe) == hash(Recipe.load("int8"))
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({**CONTENT, "comment": "?"}, ["comment: got an unknown field"]),
+        ({"steps": [{"scheme": "W8A8", "colour": "red"}]}, ["steps.0.colour: got an unknown field"]),
+        ({"steps": [{"scheme": {"weights": {"bit": 8}}}]}, ["weights.bit: got an unknown field"]),
+        ({"steps": [{"scheme": "W9A9"}]}, ["'W9A9'", "W8A7", "W8A16"]),
+        ({"steps": [{"scheme": {"weights": {"bits": 9}}}]}, ["weights.bits: got 9", "8"]),
+        ({"steps": [{"targets": ["Linear"]}]}, ["steps.0.scheme: got nothing"]),
+        ({"steps": [{"step": "melt", "scheme": "W8A8"}]}, ["steps.0.step: got 'melt'", "'quantize'"]),
+        ({"steps": [{"scheme": "W8A8", "targets": 3}]}, ["steps.0.targets: got 3"]),
+        ({"steps": [{"scheme": "W8A8", "targets": [3]}]}, ["steps.0.targets.0: got 3"]),
+        ({"steps": []}, ["steps: got none, expected at least one"]),
+        ({}, ["steps: got nothing"]),
+        ({**CONTENT, "version": 2}, ["version: got 2, expected 1"]),
+        ({**CONTENT, "version": "new"}, ["version: got 'new'"]),
+    ],
+)
+def test_wrong_content(content, parts):
+    text = error_of(content)
+    assert text.startswith("Recipe: the dict: ")
+    assert all(part in text for part in parts), text
+
+
+def test_all_problems_are_told_at_once():
+    text = error_of({"colour": 1, "steps": [{"scheme": "W9A9"}]})
+    assert "colour" in text
+    assert "W9A9" in text
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: []\n")
+    assert str(path) in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("steps: [", "no YAML"), ("- W8A8\n", "list"), ("", "NoneType"), ("W8A8", "str")],
+)
+def test_a_file_that_is_no_mapping(tmp_path, text, part):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert part in error_of(path)
+
+
+def test_yaml_does_not_build_python_objects(tmp_path):
+    path, witness = tmp_path / "r.yaml", tmp_path / "witness"
+    path.write_text(f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{witness}]]\n")
+    error_of(path)
+    assert not witness.exists()
+
+
+def test_unknown_preset():
+    text = error_of("int9")
+    assert "'int9'" in text
+    assert "'int8'" in text
+
+
+def test_missing_file(tmp_path):
+    assert "none.yaml" in error_of(tmp_path / "none.yaml", FileNotFoundError)
+    (tmp_path / "folder.yaml").mkdir()
+    error_of(tmp_path / "folder.yaml", FileNotFoundError)
+
+
+@pytest.mark.parametrize("recipe", [None, 8, ["W8A8"], b"int8"])
+def test_wrong_type(recipe):
+    assert type(recipe).__name__ in error_of(recipe, TypeError)
