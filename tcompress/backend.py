@@ -164,8 +164,8 @@ def call(op: str, *args: Any) -> Any:
 
 
 class _Reference(torch.autograd.Function):
-    """A reference outside torch's dispatcher. Its plain torch would record a gradient of the scales alone, which is wrong
-    without a sign of it; backward raises, as it does for the op itself.
+    """A reference outside torch's dispatcher. Its plain torch would record a gradient of the scales alone, which is
+    wrong without a sign of it; backward raises, as it does for the op itself.
     """
 
     @staticmethod
