@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 
+#include "path.h"
 #include "threads.h"
 
 namespace tcompress::cpu {

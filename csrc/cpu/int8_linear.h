@@ -18,7 +18,7 @@
 
 #include "activation_kind.h"
 #include "dtype.h"
-#include "path.h"
+#include "path_kind.h"
 #include "quantize_per_token.h"
 
 namespace tcompress::cpu {

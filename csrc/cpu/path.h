@@ -7,9 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "path_kind.h"
+
 namespace tcompress::cpu {
 
-enum class Path : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
 constexpr Path kAllPaths[] = {Path::kScalar, Path::kAvx2, Path::kAvx512Vnni};
 
 const char* path_name(Path path);

@@ -1,5 +1,6 @@
 #include "quantize_per_token.h"
 
+#include "path.h"
 #include "threads.h"
 
 namespace tcompress::cpu {

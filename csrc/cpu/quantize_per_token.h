@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "path.h"
+#include "path_kind.h"
 
 namespace tcompress::cpu {
 

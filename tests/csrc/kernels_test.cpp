@@ -1,0 +1,151 @@
+// The torch-free kernels against naive 64-bit loops, every buffer between two pages that may not be touched.
+// Exits with the number of failures; prints each.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "int8_linear.h"
+#include "path.h"
+#include "quantize_per_token.h"
+
+namespace cpu = tcompress::cpu;
+
+namespace {
+
+int failures = 0;
+int checks = 0;
+
+void check(bool ok, const std::string& what) {
+  ++checks;
+  if (!ok && ++failures <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+// n elements that end (or begin) exactly at a page without access.
+template <class T>
+class Guarded {
+ public:
+  Guarded(int64_t n, bool at_end) : n_(n) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    const int64_t inner = (bytes + page - 1) / page * page + page;  // at least one page, also for nothing
+    size_ = inner + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + page, inner, PROT_READ | PROT_WRITE) != 0) std::abort();
+    std::memset(base_ + page, 0x5a, inner);
+    data_ = reinterpret_cast<T*>(at_end ? base_ + page + inner - bytes : base_ + page);
+  }
+  ~Guarded() { munmap(base_, size_); }
+  Guarded(const Guarded&) = delete;
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t size() const { return n_; }
+
+ private:
+  int64_t n_, size_;
+  char* base_;
+  T* data_;
+};
+
+enum class Fill { kNormal, kExtreme, kZero, kOutlier };
+
+float value(Fill fill, std::mt19937& random, int64_t i) {
+  switch (fill) {
+    case Fill::kNormal:
+      return std::normal_distribution<float>()(random);
+    case Fill::kExtreme:
+      return i % 2 == 0 ? 1.f : -1.f;  // every activation at a bound
+    case Fill::kZero:
+      return 0.f;
+    case Fill::kOutlier:
+      return i % 97 == 0 ? 1e30f : 1.f;
+  }
+  return 0.f;
+}
+
+void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, Fill fill, bool at_end, int threads) {
+  std::mt19937 random(static_cast<unsigned>(m * 1000003 + n * 1009 + k));
+  const int bits = symmetric ? 8 : 7;
+  Guarded<float> x(m * k, at_end), scale(m, at_end), weight_scale(n, at_end), bias(n, at_end), y(m * n, at_end);
+  Guarded<int8_t> weight(n * k, at_end), packed(cpu::int8_kernel_weight_bytes(n, k), at_end);
+  Guarded<uint8_t> q(m * k, at_end);
+  Guarded<int32_t> zero_point(m, at_end), sums(m * n, at_end);
+  for (int64_t i = 0; i < m * k; ++i) x[i] = value(fill, random, i);
+  for (int64_t i = 0; i < n * k; ++i)
+    weight[i] = fill == Fill::kExtreme ? static_cast<int8_t>(i % 5 == 4 ? 127 : -128)
+                                       : static_cast<int8_t>(static_cast<int>(random() % 256) - 128);
+  for (int64_t i = 0; i < n; ++i)
+    weight_scale[i] = 0.01f * static_cast<float>(i % 7 + 1), bias[i] = static_cast<float>(i % 3) - 1.f;
+
+  cpu::force_path(cpu::path_name(path));
+  cpu::quantize_per_token(
+      {x.data(), cpu::DType::kFloat32, m, k, bits, symmetric, q.data(), scale.data(), zero_point.data()}, threads);
+  cpu::int8_prepack(weight.data(), n, k, packed.data(), threads);
+  cpu::Int8LinearArgs args{x.data(),
+                           cpu::DType::kFloat32,
+                           m,
+                           n,
+                           k,
+                           packed.data(),
+                           weight_scale.data(),
+                           bias.data(),
+                           bits,
+                           symmetric,
+                           cpu::Activation::kNone,
+                           sums.data(),
+                           cpu::DType::kInt32};
+  cpu::int8_linear(args, threads);
+  args.y = y.data();
+  args.y_dtype = cpu::DType::kFloat32;
+  cpu::int8_linear(args, threads);
+
+  const std::string name = std::string(cpu::path_name(path)) + " " + std::to_string(m) + "x" + std::to_string(n) + "x" +
+                           std::to_string(k) + (symmetric ? " s8" : " u7");
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      int64_t sum = 0;
+      for (int64_t p = 0; p < k; ++p) {
+        const int64_t a = symmetric ? static_cast<int8_t>(q[i * k + p]) : q[i * k + p];
+        sum += (a - zero_point[i]) * weight[j * k + p];
+      }
+      check(sums[i * n + j] == sum, name + " sum");
+      const float expected = static_cast<float>(static_cast<int32_t>(sum)) * scale[i] * weight_scale[j] + bias[j];
+      check(y[i * n + j] == expected, name + " output");
+    }
+    for (int64_t p = 0; p < k; ++p) {
+      const double a = symmetric ? static_cast<int8_t>(q[i * k + p]) : q[i * k + p];
+      const double back = (a - zero_point[i]) * static_cast<double>(scale[i]);
+      check(std::fabs(back - x[i * k + p]) <= 1.001 * scale[i], name + " quantized value");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (cpu::Path path : cpu::usable_paths()) {
+    for (bool symmetric : {true, false}) {
+      for (bool at_end : {true, false}) {
+        for (int64_t m : {1, 2, 5, 6, 7, 8, 9, 33})
+          for (int64_t n : {1, 15, 16, 17, 47, 48, 49, 97})
+            for (int64_t k : {0, 1, 3, 4, 5, 31, 64, 131}) run_case(path, m, n, k, symmetric, Fill::kNormal, at_end, 1);
+        for (Fill fill : {Fill::kExtreme, Fill::kZero, Fill::kOutlier})
+          for (int64_t k : {7, 256, 1021}) run_case(path, 9, 50, k, symmetric, fill, at_end, 1);
+      }
+      run_case(path, 150, 33, 1030, symmetric, Fill::kNormal, true, 2);      // several row blocks, two threads
+      run_case(path, 1, 1000, 600, symmetric, Fill::kNormal, true, 2);       // outputs split over threads
+      run_case(path, 2, 3, cpu::kMaxK, symmetric, Fill::kExtreme, true, 2);  // the largest sums there are
+      run_case(path, 70, 20, 2049, symmetric, Fill::kExtreme, true, 3);
+    }
+  }
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
