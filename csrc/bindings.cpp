@@ -80,7 +80,7 @@ Tensor int8_prepack(const Tensor& weight_in) {
           "int8_prepack: weight: expected a 2-d int8 tensor");
   const Tensor weight = dense(weight_in);
   const int64_t n = weight.size(0), k = weight.size(1);
-  Tensor packed = torch::stable::new_empty(weight, {cpu::int8_kernel_weight_bytes(n, k)});
+  Tensor packed = torch::stable::new_empty(weight, {cpu::Int8KernelLayout(n, k).bytes});
   cpu::int8_prepack(static_cast<const int8_t*>(weight.data_ptr()), n, k, static_cast<int8_t*>(packed.data_ptr()),
                     threads());
   return packed;
@@ -110,7 +110,7 @@ Tensor int8_linear(const Tensor& x_in, const Tensor& weight, const Tensor& weigh
   }
   const Tensor kernel_weight = kernel_weight_in.has_value() ? *kernel_weight_in : int8_prepack(weight);
   require(kernel_weight.is_contiguous() && kernel_weight.scalar_type() == ScalarType::Char &&
-              kernel_weight.numel() == cpu::int8_kernel_weight_bytes(n, k),
+              kernel_weight.numel() == cpu::Int8KernelLayout(n, k).bytes,
           "int8_linear: kernel_weight: expected the result of int8_prepack(weight)");
 
   const ScalarType y_type = out_dtype.value_or(x.scalar_type());

@@ -6,12 +6,14 @@
 // a, scale and zero_point come from quantize_per_token (quantize_row.h). Constraint: K <= kMaxK, so that neither the
 // sum nor a partial sum leaves int32.
 //
-// Kernel layout of the weight, one for all paths: panels of 16 outputs, K in fours, then the column sums.
+// Kernel layout of the weight, one for all paths, zero padded: outputs in panels of 16, three panels to a group (the
+// last group may have one or two), K in steps of four; then the column sums; then the flush schedule.
 //
-//   [N/16][K/4][16][4] int8, zero padded                   [N/16*16] int32
-//     n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | … | n15          sum_k w[n,k]
-//     \_____ one ymm ______ … ______/
-//     \____________ one zmm ____________/
+//   [N/48][K/4][3][16][4] int8
+//     n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | … | n15 || n16 … n31 || n32 … n47     <- one step: 6 ymm, 3 zmm
+//   [N/16*16] int32   sum_k w[n,k]
+//   [N/48][K/4] uint8 lengths of the runs of steps that may be summed in 16 bits, closed by a zero (flush_schedule.h);
+//                     zeros up to a multiple of four bytes
 #pragma once
 
 #include <cstdint>
@@ -23,14 +25,26 @@
 
 namespace tcompress::cpu {
 
-constexpr int kPanel = 16;  // outputs in a panel
-constexpr int kQuad = 4;    // k's that one 32-bit lane multiplies
+constexpr int kPanel = 16;       // outputs in a panel
+constexpr int kGroupPanels = 3;  // panels in a group
+constexpr int kGroup = kGroupPanels * kPanel;
+constexpr int kQuad = 4;  // k's that one 32-bit lane multiplies: a step
 
 // |a - zero_point| and the offset-128 form of a are at most 255, |w| at most 128.
 constexpr int64_t kMaxK = 65536;
 static_assert(kMaxK * 255 * 128 <= 2147483647, "a partial sum must fit in int32");
 
-int64_t int8_kernel_weight_bytes(int64_t n, int64_t k);
+// Where the parts of the kernel layout begin, in bytes.
+struct Int8KernelLayout {
+  int64_t n_panels, steps, n_groups;
+  int64_t column_sums, schedules, bytes;
+
+  Int8KernelLayout(int64_t n, int64_t k);
+
+  // The group that starts at `panel`, a multiple of kGroupPanels.
+  int64_t group(int64_t panel) const { return panel * kPanel * steps * kQuad; }
+  int64_t schedule(int64_t panel) const { return schedules + panel / kGroupPanels * steps; }
+};
 
 // weight [N, K] int8, contiguous -> kernel layout
 void int8_prepack(const int8_t* weight, int64_t n, int64_t k, int8_t* kernel_weight, int num_threads);
@@ -54,13 +68,14 @@ void int8_linear(const Int8LinearArgs& args, int num_threads);
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 struct Int8TileArgs {
-  const uint8_t* a;  // rows of k_padded bytes
+  const uint8_t* a;  // rows of `steps` quads
   int64_t a_stride;
-  int rows;              // 1 … max_rows
-  const int8_t* panels;  // the first of n_panels neighbours
-  int n_panels;          // 1 … max_panels
-  int64_t k_padded;
-  int32_t* acc;  // [rows][n_panels * kPanel], sum_k a*w, the zero point not yet subtracted
+  int rows;               // 1 … max_rows
+  const int8_t* weights;  // a group
+  int n_panels;           // its panels: 1 … kGroupPanels
+  int64_t steps;          // K/4
+  const uint8_t* runs;    // its flush schedule
+  int32_t* acc;           // [rows][n_panels * kPanel], sum_k a*w, the zero point not yet subtracted
 };
 
 struct EpilogueArgs {
@@ -75,7 +90,8 @@ struct EpilogueArgs {
 };
 
 struct Int8LinearPath {
-  int max_rows, max_panels;
+  int max_rows;            // rows of a tile call
+  int row_unit;            // rows of a register tile: threads split M in multiples of it
   uint8_t symmetric_flip;  // 0x80 where the multiplier wants unsigned activations; the zero point is then 128
   QuantizeRow quantize_row;
   void (*tile_signed)(const Int8TileArgs&);    // symmetric activations
@@ -83,8 +99,7 @@ struct Int8LinearPath {
   void (*(*epilogue)(Activation, DType))(const EpilogueArgs&);
 };
 
-constexpr int kMaxTileRows = 8;
-constexpr int kMaxTilePanels = 4;
+constexpr int kMaxTileRows = 32;
 
 extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni;
 

@@ -13,8 +13,7 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int kMaxRows = 8;  // 8 rows x 3 panels of sums + 3 weights + 1 broadcast = 28 of 32 registers
-constexpr int kMaxPanels = 3;
+constexpr int kMaxRows = 8;                 // 8 rows x 3 panels of sums + 3 weights + 1 broadcast = 28 of 32 registers
 constexpr int kPanelQuad = kPanel * kQuad;  // 64 bytes: one zmm
 
 // A sum takes 5 cycles and two start in each, so at least 10 must be under way: small tiles split K.
@@ -23,7 +22,6 @@ constexpr int k_splits(int sums) { return sums >= 10 ? 1 : (sums >= 5 ? 2 : 4); 
 template <int kRows, int kPanels>
 void tile(const Int8TileArgs& args) {
   constexpr int kSplits = k_splits(kRows * kPanels);
-  const int64_t panel_bytes = args.k_padded * kPanel;
   __m512i sum[kSplits][kRows][kPanels];
 #pragma GCC unroll 4
   for (int s = 0; s < kSplits; ++s)
@@ -32,14 +30,15 @@ void tile(const Int8TileArgs& args) {
 #pragma GCC unroll 3
       for (int p = 0; p < kPanels; ++p) sum[s][r][p] = _mm512_setzero_si512();
 
-  const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
+  const auto step = [&](int64_t i, int s) __attribute__((always_inline)) {
+    const int8_t* weights = args.weights + i * kPanels * kPanelQuad;
     __m512i w[kPanels];
 #pragma GCC unroll 3
-    for (int p = 0; p < kPanels; ++p) w[p] = _mm512_loadu_si512(args.panels + p * panel_bytes + k * kPanel);
+    for (int p = 0; p < kPanels; ++p) w[p] = _mm512_loadu_si512(weights + p * kPanelQuad);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       int32_t quad;
-      __builtin_memcpy(&quad, args.a + r * args.a_stride + k, sizeof(quad));
+      __builtin_memcpy(&quad, args.a + r * args.a_stride + i * kQuad, sizeof(quad));
       const __m512i a = _mm512_set1_epi32(quad);
 #pragma GCC unroll 3
       for (int p = 0; p < kPanels; ++p) sum[s][r][p] = _mm512_dpbusd_epi32(sum[s][r][p], a, w[p]);
@@ -47,11 +46,11 @@ void tile(const Int8TileArgs& args) {
   };
   static_assert(kPanelQuad == sizeof(__m512i));
 
-  const int64_t body = args.k_padded - args.k_padded % (kSplits * kQuad);
-  for (int64_t k = 0; k < body; k += kSplits * kQuad)
+  const int64_t body = args.steps - args.steps % kSplits;
+  for (int64_t i = 0; i < body; i += kSplits)
 #pragma GCC unroll 4
-    for (int s = 0; s < kSplits; ++s) step(k + s * kQuad, s);
-  for (int64_t k = body; k < args.k_padded; k += kQuad) step(k, 0);
+    for (int s = 0; s < kSplits; ++s) step(i + s, s);
+  for (int64_t i = body; i < args.steps; ++i) step(i, 0);
 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -65,7 +64,7 @@ void tile(const Int8TileArgs& args) {
 }
 
 #define TCOMPRESS_ROWS(r) {tile<r, 1>, tile<r, 2>, tile<r, 3>}
-constexpr void (*kTiles[kMaxRows][kMaxPanels])(const Int8TileArgs&) = {
+constexpr void (*kTiles[kMaxRows][kGroupPanels])(const Int8TileArgs&) = {
     TCOMPRESS_ROWS(1), TCOMPRESS_ROWS(2), TCOMPRESS_ROWS(3), TCOMPRESS_ROWS(4),
     TCOMPRESS_ROWS(5), TCOMPRESS_ROWS(6), TCOMPRESS_ROWS(7), TCOMPRESS_ROWS(8)};
 #undef TCOMPRESS_ROWS
@@ -74,7 +73,7 @@ void tile_any(const Int8TileArgs& args) { kTiles[args.rows - 1][args.n_panels - 
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxPanels,       0x80, quantize_row_avx512, tile_any,
+const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxRows,         0x80, quantize_row_avx512, tile_any,
                                               tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu

@@ -75,7 +75,7 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
   std::mt19937 random(static_cast<unsigned>(m * 1000003 + n * 1009 + k));
   const int bits = symmetric ? 8 : 7;
   Guarded<float> x(m * k, at_end), scale(m, at_end), weight_scale(n, at_end), bias(n, at_end), y(m * n, at_end);
-  Guarded<int8_t> weight(n * k, at_end), packed(cpu::int8_kernel_weight_bytes(n, k), at_end);
+  Guarded<int8_t> weight(n * k, at_end), packed(cpu::Int8KernelLayout(n, k).bytes, at_end);
   Guarded<uint8_t> q(m * k, at_end);
   Guarded<int32_t> zero_point(m, at_end), sums(m * n, at_end);
   for (int64_t i = 0; i < m * k; ++i) x[i] = value(fill, random, i);

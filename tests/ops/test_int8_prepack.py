@@ -12,15 +12,39 @@ SIZES = [*sorted({(shape.n, shape.k) for shape in cases.SHAPES}), (300, 2049)]  
 
 
 def by_index(weight):
-    """The layout drawn in csrc/cpu/int8_linear.h, element by element: [N/16][K/4][16][4], then the sums of the rows."""
+    """The layout drawn in csrc/cpu/int8_linear.h, element by element."""
     n, k = weight.shape
     n_padded, k_padded = (n + 15) // 16 * 16, (k + 3) // 4 * 4
     w = np.zeros((n_padded, k_padded), np.int8)
     w[:n, :k] = weight.numpy()
-    panels = np.zeros(n_padded * k_padded, np.int8)
+    groups = np.zeros(n_padded * k_padded, np.int8)
     row, column = np.meshgrid(np.arange(n_padded), np.arange(k_padded), indexing="ij")
-    panels[(row // 16) * 16 * k_padded + (column // 4) * 64 + row % 16 * 4 + column % 4] = w
-    return np.concatenate([panels, w.astype(np.int64).sum(1).astype(np.int32).view(np.int8)])
+    width = np.minimum(48, n_padded - row // 48 * 48)  # of the row's group
+    groups[row // 48 * 48 * k_padded + (column // 4) * width * 4 + row % 48 * 4 + column % 4] = w
+    sums = w.astype(np.int64).sum(1).astype(np.int32).view(np.int8)
+    schedules = [schedule(w[g : g + 48].astype(int)) for g in range(0, n_padded, 48)]
+    packed = np.concatenate([groups, sums, np.array(schedules, np.uint8).reshape(-1).view(np.int8)])
+    return np.pad(packed, (0, -packed.size % 4))
+
+
+def schedule(w):
+    """Run lengths of one group, greedily: no lane (two of the four k's of a step) may reach a sum above 32767 in size
+    with any activations in 0 … 127."""
+    steps = w.shape[1] // 4
+    if w.shape[0] < 48:
+        return [0] * steps
+    lanes = w.reshape(48, steps, 2, 2)
+    highest = 127 * np.maximum(lanes, 0).sum(3).transpose(1, 0, 2).reshape(steps, 96)
+    lowest = 127 * np.maximum(-lanes, 0).sum(3).transpose(1, 0, 2).reshape(steps, 96)
+    runs, start = [], 0
+    for step in range(1, steps + 1):
+        fits = step < steps and step - start < 255
+        if not fits or max(highest[start : step + 1].sum(0).max(), lowest[start : step + 1].sum(0).max()) > 32767:
+            runs.append(step - start)
+            start = step
+    if 3 * len(runs) > steps:
+        runs = []
+    return runs + [0] * (steps - len(runs))
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
@@ -36,7 +60,7 @@ def test_layout(n, k):
 
 @pytest.mark.parametrize("name", cases.WEIGHTS)
 def test_extreme_weights(name):
-    weight = cases.WEIGHTS[name](19, 4099)
+    weight = cases.WEIGHTS[name](51, 4099)
     expected = torch.from_numpy(by_index(weight))
     assert oracle.same_bits(ops.int8_prepack(weight), expected)
     assert oracle.same_bits(OP.reference(weight), expected)
@@ -44,7 +68,7 @@ def test_extreme_weights(name):
 
 def test_longest_row_sums_without_overflow():
     weight = cases.WEIGHTS["all -128"](1, 65536)
-    sums = ops.int8_prepack(weight)[-64:].view(torch.int32)
+    sums = ops.int8_prepack(weight)[16 * 65536 : 16 * 65536 + 64].view(torch.int32)
     assert sums.tolist() == [-128 * 65536] + [0] * 15
 
 
@@ -94,5 +118,5 @@ def test_errors(weight, error, text):
 
 def test_flops_and_bytes():
     weight = torch.zeros(5, 8, dtype=torch.int8)
-    assert OP.flops(weight) == 5 * 8  # one addition an element, for the sums
+    assert OP.flops(weight) == 4 * 5 * 8  # the sum over K, and the two sums and the maximum of the schedule
     assert OP.nbytes(weight) == 2 * 5 * 8 + 4 * 5
