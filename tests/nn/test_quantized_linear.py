@@ -51,11 +51,14 @@ def assert_kernel_weight_fits(module):
     n, k = module.weight_packed.shape
     n_padded, k_padded = -(-n // 16) * 16, -(-k // 4) * 4
     kernel = module.kernel_weight
-    assert kernel.shape == (n_padded * (k_padded + 4),)
+    steps = k_padded // 4
+    used = n_padded * (k_padded + 4) + -(-n_padded // 48) * steps
+    assert kernel.shape == (used + -used % 4,)
     i, j = torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij")
-    at = (i // 16) * 16 * k_padded + (j // 4) * 64 + (i % 16) * 4 + j % 4
+    width = (n_padded - i // 48 * 48).clamp_max(48)
+    at = i // 48 * 48 * k_padded + (j // 4) * width * 4 + (i % 48) * 4 + j % 4
     assert torch.equal(kernel[at], module.weight_packed)
-    sums = kernel[n_padded * k_padded :].clone().view(torch.int32)
+    sums = kernel[n_padded * k_padded :][: 4 * n_padded].clone().view(torch.int32)
     assert torch.equal(sums[:n].long(), module.weight_packed.long().sum(1))
 
 
