@@ -23,7 +23,10 @@ namespace {
 constexpr int64_t kBlockBytes = 128 << 10;      // quantized rows of a block: a quarter of a small L2
 constexpr int64_t kMinMacsPerThread = 1 << 18;  // about 5 us of work; starting a thread costs 1 to 2 us
 constexpr int64_t kCacheLine = 64;
-constexpr double kQuantizeMacs = 32;  // quantizing one element costs about as much as this many multiplications
+// What the split over threads weighs against multiplications (path.macs_per_cycle), measured on one core: cycles to
+// quantize an element, and to bring a byte of weights from the shared cache.
+constexpr double kQuantizeCycles = 0.7;
+constexpr double kWeightCycles = 0.05;
 
 const Int8LinearPath& path_table(Path path) {
   switch (path) {
@@ -32,6 +35,8 @@ const Int8LinearPath& path_table(Path path) {
       return kInt8LinearAvx2;
     case Path::kAvx512Vnni:
       return kInt8LinearAvx512Vnni;
+    case Path::kAmx:
+      return kInt8LinearAmx;
 #endif
     default:
       return kInt8LinearScalar;
@@ -43,14 +48,15 @@ struct Grid {
 };
 
 // The cell counts whose largest cell costs least.
-Grid choose_grid(int64_t m, int64_t n_groups, int row_unit, int threads) {
+Grid choose_grid(int64_t m, int64_t n_groups, const Int8LinearPath& path, int threads) {
   Grid best{1, 1};
   double best_cost = -1;
   for (int r = 1; r <= threads; ++r) {
     const int c = threads / r;
-    const double cell_rows = static_cast<double>(round_up(ceil_div(m, r), row_unit < m ? row_unit : m));
+    const double cell_rows = static_cast<double>(round_up(ceil_div(m, r), path.row_unit < m ? path.row_unit : m));
     const double cell_columns = static_cast<double>(ceil_div(n_groups, c) * kGroup);
-    const double cost = cell_rows * (cell_columns + kQuantizeMacs);
+    const double cost =
+        cell_rows * cell_columns / path.macs_per_cycle + cell_rows * kQuantizeCycles + cell_columns * kWeightCycles;
     if (best_cost < 0 || cost < best_cost) {
       best_cost = cost;
       best = {r, c};
@@ -202,7 +208,7 @@ void int8_linear(const Int8LinearArgs& args, int num_threads) {
   const int64_t fitting_rows = kBlockBytes / a_stride / path.max_rows * path.max_rows;
 
   const int threads = useful_threads(args.m * args.n * args.k, kMinMacsPerThread, num_threads);
-  const Grid grid = choose_grid(args.m, layout.n_groups, path.row_unit, threads);
+  const Grid grid = choose_grid(args.m, layout.n_groups, path, threads);
   const int64_t cell_rows = round_up(ceil_div(args.m, grid.rows), path.row_unit);
   const int64_t cell_panels = ceil_div(layout.n_groups, grid.groups) * kGroupPanels;
   int64_t block_rows = fitting_rows > path.max_rows ? fitting_rows : path.max_rows;

@@ -91,7 +91,8 @@ struct EpilogueArgs {
 
 struct Int8LinearPath {
   int max_rows;            // rows of a tile call
-  int row_unit;            // rows of a register tile: threads split M in multiples of it
+  int row_unit;            // rows of a register tile: threads split M, and buffers are made, in multiples of it
+  int macs_per_cycle;      // about what the tiles reach; only the split over threads depends on it
   uint8_t symmetric_flip;  // 0x80 where the multiplier wants unsigned activations; the zero point is then 128
   QuantizeRow quantize_row;
   void (*tile_signed)(const Int8TileArgs&);    // symmetric activations
@@ -101,6 +102,6 @@ struct Int8LinearPath {
 
 constexpr int kMaxTileRows = 32;
 
-extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni;
+extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni, kInt8LinearAmx;
 
 }  // namespace tcompress::cpu

@@ -73,7 +73,7 @@ void tile_any(const Int8TileArgs& args) { kTiles[args.rows - 1][args.n_panels - 
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxRows,         0x80, quantize_row_avx512, tile_any,
+const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxRows,         80, 0x80, quantize_row_avx512, tile_any,
                                               tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu

@@ -4,26 +4,50 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tcompress::cpu {
 namespace {
 
 constexpr int kAutomatic = -1;
 
 #if defined(__x86_64__)
+// Linux keeps the tile registers for processes that ask for them, once for all threads.
+bool has_amx_int8() {
+#if defined(__linux__)
+  static const bool granted = [] {
+    constexpr unsigned kTileBit = 1u << 24, kInt8Bit = 1u << 25;  // leaf 7, edx
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    if ((edx & kTileBit) == 0 || (edx & kInt8Bit) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
 std::string missing_feature(Path path) {
   // __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
-  if (path == Path::kAvx2 || path == Path::kAvx512Vnni) {
+  if (path >= Path::kAvx2) {
     if (!__builtin_cpu_supports("avx2")) return "avx2";
     if (!__builtin_cpu_supports("fma")) return "fma";
     if (!__builtin_cpu_supports("f16c")) return "f16c";
   }
-  if (path == Path::kAvx512Vnni) {
+  if (path >= Path::kAvx512Vnni) {
     if (!__builtin_cpu_supports("avx512f")) return "avx512f";
     if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";
     if (!__builtin_cpu_supports("avx512vl")) return "avx512vl";
     if (!__builtin_cpu_supports("avx512dq")) return "avx512dq";
     if (!__builtin_cpu_supports("avx512vnni")) return "avx512vnni";
   }
+  if (path >= Path::kAmx && !has_amx_int8()) return "amx_int8, or Linux does not grant its tiles";
   return "";
 }
 #endif
@@ -66,6 +90,8 @@ const char* path_name(Path path) {
       return "avx2";
     case Path::kAvx512Vnni:
       return "avx512vnni";
+    case Path::kAmx:
+      return "amx";
   }
   return "unknown";
 }

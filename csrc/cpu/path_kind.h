@@ -6,6 +6,6 @@
 namespace tcompress::cpu {
 
 // In ascending order of preference.
-enum class Path : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+enum class Path : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3 };
 
 }  // namespace tcompress::cpu

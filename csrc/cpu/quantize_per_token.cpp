@@ -16,6 +16,7 @@ QuantizeRow quantize_row_for(Path path) {
     case Path::kAvx2:
       return quantize_row_avx2;
     case Path::kAvx512Vnni:
+    case Path::kAmx:
       return quantize_row_avx512;
 #endif
     default:

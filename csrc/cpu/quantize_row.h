@@ -29,25 +29,36 @@ inline void quantize_row_typed(const QuantizeRowArgs& args) {
   T tail[kLanes] = {};  // zeros change neither the range, which includes 0, nor the finiteness
   for (int64_t i = body; i < k; ++i) tail[i - body] = x[i];
 
-  V lo = V::set1(0.f), hi = V::set1(0.f), finite = V::set1(0.f);
-  const auto collect = [&](const T* p) {
+  // Four of each, because the next minimum must wait four cycles for the last one.
+  constexpr int kUnroll = 4;
+  V lo[kUnroll], hi[kUnroll], finite[kUnroll];
+  for (int j = 0; j < kUnroll; ++j) lo[j] = hi[j] = finite[j] = V::set1(0.f);
+  const auto collect = [&](const T* p, int j) {
     const V v = V::load(p);
-    lo = min(lo, v);
-    hi = max(hi, v);
-    finite = fma(v, V::set1(0.f), finite);  // inf*0 and NaN*0 are NaN, and stay
+    lo[j] = min(lo[j], v);
+    hi[j] = max(hi[j], v);
+    finite[j] = fma(v, V::set1(0.f), finite[j]);  // inf*0 and NaN*0 are NaN, and stay
   };
-  for (int64_t i = 0; i < body; i += kLanes) collect(x + i);
-  if (body < k) collect(tail);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= body; i += kUnroll * kLanes)
+    for (int j = 0; j < kUnroll; ++j) collect(x + i + j * kLanes, j);
+  for (; i < body; i += kLanes) collect(x + i, 0);
+  if (body < k) collect(tail, 0);
+  for (int j = 1; j < kUnroll; ++j) {
+    lo[0] = min(lo[0], lo[j]);
+    hi[0] = max(hi[0], hi[j]);
+    finite[0] = finite[0] + finite[j];
+  }
 
   uint8_t* q = args.q;
-  for (int64_t i = k; i < args.k_padded; ++i) q[i] = 0;
-  if (reduce_add(finite) != 0.f) {  // NaN
+  for (i = k; i < args.k_padded; ++i) q[i] = 0;
+  if (reduce_add(finite[0]) != 0.f) {  // NaN
     *args.scale = __builtin_nanf("");
     *args.zero_point = 0;
-    for (int64_t i = 0; i < k; ++i) q[i] = args.flip;
+    for (i = 0; i < k; ++i) q[i] = args.flip;
     return;
   }
-  const float x_min = reduce_min(lo), x_max = reduce_max(hi);
+  const float x_min = reduce_min(lo[0]), x_max = reduce_max(hi[0]);
   const int32_t q_max = args.symmetric ? (1 << (args.bits - 1)) - 1 : (1 << args.bits) - 1;
   const int32_t q_min = args.symmetric ? -q_max : 0;
   const float step = 1.f / static_cast<float>(q_max);
@@ -61,12 +72,12 @@ inline void quantize_row_typed(const QuantizeRowArgs& args) {
   *args.zero_point = zero_point;
 
   const V factor = V::set1(inverse);
-  for (int64_t i = 0; i < body; i += kLanes)
+  for (i = 0; i < body; i += kLanes)
     store_quantized(q + i, V::load(x + i) * factor, zero_point, q_min, q_max, args.flip);
   if (body < k) {
     uint8_t tail_q[kLanes];
     store_quantized(tail_q, V::load(tail) * factor, zero_point, q_min, q_max, args.flip);
-    for (int64_t i = body; i < k; ++i) q[i] = tail_q[i - body];
+    for (i = body; i < k; ++i) q[i] = tail_q[i - body];
   }
 }
 

@@ -14,6 +14,7 @@ NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
 }
+NEEDS["amx"] = NEEDS["avx512vnni"] | {"amx_tile", "amx_int8"}
 
 
 def _flags() -> set[str]:
