@@ -44,7 +44,7 @@ void tile_panels(const Int8TileArgs& args, const TileColumn (&tiles)[kTileRows])
 void signed_any(const Int8TileArgs& args) { tile_panels(args, kSigned); }
 
 void unsigned_any(const Int8TileArgs& args) {
-  if (args.steps > 0 && args.runs[0] != 0)
+  if (args.n_panels == kGroupPanels && args.steps > 0 && args.runs[0] != 0)
     tile16(args);
   else
     tile_panels(args, kUnsigned);

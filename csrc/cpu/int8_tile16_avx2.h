@@ -70,18 +70,23 @@ void tile16(const Int8TileArgs& args) {
   const int8_t* block = args.weights;
   const uint8_t* runs = args.runs;
   for (int64_t done = 0; done < args.steps;) {
-    int64_t block_steps = 0;
+    int64_t block_steps = 0, lengths[kBlockSteps];
     int n_runs = 0;
-    while (block_steps < kBlockSteps && done + block_steps < args.steps) block_steps += runs[n_runs++];
+    while (block_steps < kBlockSteps && done + block_steps < args.steps) {
+      // A schedule that int8_prepack did not write gives wrong sums, but is not followed out of the group.
+      const int64_t run = runs[n_runs], left = args.steps - done - block_steps;
+      lengths[n_runs] = run == 0 || run > left ? left : run;
+      block_steps += lengths[n_runs++];
+    }
     for (int r = 0; r < args.rows; r += 2) {
       const uint8_t* a0 = args.a + r * args.a_stride + done * kQuad;
       const int8_t* w = block;
       int32_t* acc = args.acc + r * kGroup;
       if (r + 1 < args.rows) {
         const uint8_t* a1 = a0 + args.a_stride;
-        for (int i = 0; i < n_runs; ++i) run_two_rows(a0, a1, w, runs[i], acc);
+        for (int i = 0; i < n_runs; ++i) run_two_rows(a0, a1, w, lengths[i], acc);
       } else {
-        for (int i = 0; i < n_runs; ++i) run_one_row(a0, w, runs[i], acc);
+        for (int i = 0; i < n_runs; ++i) run_one_row(a0, w, lengths[i], acc);
       }
     }
     done += block_steps;

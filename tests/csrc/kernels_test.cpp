@@ -55,11 +55,12 @@ class Guarded {
   T* data_;
 };
 
-enum class Fill { kNormal, kExtreme, kZero, kOutlier };
+enum class Fill { kNormal, kSmallWeights, kExtreme, kZero, kOutlier };  // small weights: 16-bit sums (AVX2)
 
 float value(Fill fill, std::mt19937& random, int64_t i) {
   switch (fill) {
     case Fill::kNormal:
+    case Fill::kSmallWeights:
       return std::normal_distribution<float>()(random);
     case Fill::kExtreme:
       return i % 2 == 0 ? 1.f : -1.f;  // every activation at a bound
@@ -80,8 +81,9 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
   Guarded<int32_t> zero_point(m, at_end), sums(m * n, at_end);
   for (int64_t i = 0; i < m * k; ++i) x[i] = value(fill, random, i);
   for (int64_t i = 0; i < n * k; ++i)
-    weight[i] = fill == Fill::kExtreme ? static_cast<int8_t>(i % 5 == 4 ? 127 : -128)
-                                       : static_cast<int8_t>(static_cast<int>(random() % 256) - 128);
+    weight[i] = fill == Fill::kExtreme        ? static_cast<int8_t>(i % 5 == 4 ? 127 : -128)
+                : fill == Fill::kSmallWeights ? static_cast<int8_t>(static_cast<int>(random() % 21) - 10)
+                                              : static_cast<int8_t>(static_cast<int>(random() % 256) - 128);
   for (int64_t i = 0; i < n; ++i)
     weight_scale[i] = 0.01f * static_cast<float>(i % 7 + 1), bias[i] = static_cast<float>(i % 3) - 1.f;
 
@@ -128,20 +130,67 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
   }
 }
 
+// Every type of x and y, and every activation, between guard pages; the same call on ordinary memory gives the same
+// bytes. Also with a packed weight that holds anything: the result means nothing, but no page is touched.
+void run_types(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, bool at_end) {
+  constexpr cpu::DType kTypes[] = {cpu::DType::kFloat32, cpu::DType::kBFloat16, cpu::DType::kFloat16,
+                                   cpu::DType::kInt32};
+  constexpr cpu::Activation kActivations[] = {cpu::Activation::kNone, cpu::Activation::kRelu, cpu::Activation::kGelu,
+                                              cpu::Activation::kGeluTanh, cpu::Activation::kSilu};
+  cpu::force_path(cpu::path_name(path));
+  const int64_t bytes = cpu::Int8KernelLayout(n, k).bytes;
+  std::mt19937 random(static_cast<unsigned>(m + n + k));
+  Guarded<float> weight_scale(n, at_end), bias(n, at_end);
+  Guarded<int8_t> weight(n * k, at_end), packed(bytes, at_end), anything(bytes, at_end);
+  for (int64_t i = 0; i < n * k; ++i) weight[i] = static_cast<int8_t>(static_cast<int>(random() % 21) - 10);
+  for (int64_t i = 0; i < n; ++i) weight_scale[i] = 0.01f, bias[i] = 0.5f;
+  cpu::int8_prepack(weight.data(), n, k, packed.data(), 1);
+  for (cpu::DType x_type : {cpu::DType::kFloat32, cpu::DType::kBFloat16, cpu::DType::kFloat16}) {
+    const int64_t x_bytes = m * k * (x_type == cpu::DType::kFloat32 ? 4 : 2);
+    Guarded<uint8_t> x(x_bytes, at_end);
+    // Bits of numbers near 1 in each type: 0x3f80 is 1 in bfloat16 and 1.9 in float16, 0x3f803f80 about 1 in float32.
+    for (int64_t i = 0; i < x_bytes; ++i) x[i] = i % 2 == 0 ? static_cast<uint8_t>(random() % 256) : 0x3f;
+    for (cpu::DType y_type : kTypes) {
+      const int64_t y_bytes = m * n * (y_type == cpu::DType::kFloat32 || y_type == cpu::DType::kInt32 ? 4 : 2);
+      for (cpu::Activation activation : kActivations) {
+        Guarded<uint8_t> y(y_bytes, at_end);
+        std::vector<uint8_t> plain(y_bytes + 1);
+        cpu::Int8LinearArgs args{
+            x.data(),          x_type,    m,          n,        k,     packed.data(), weight_scale.data(), bias.data(),
+            symmetric ? 8 : 7, symmetric, activation, y.data(), y_type};
+        cpu::int8_linear(args, 1);
+        args.y = plain.data();
+        cpu::int8_linear(args, 1);
+        check(std::memcmp(y.data(), plain.data(), y_bytes) == 0, "types");
+        args.y = y.data();
+        args.kernel_weight = anything.data();
+        for (int fill : {0, 1, 255, 256}) {
+          for (int64_t i = 0; i < bytes; ++i) anything[i] = static_cast<int8_t>(fill < 256 ? fill : random());
+          cpu::int8_linear(args, 1);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   for (cpu::Path path : cpu::usable_paths()) {
     for (bool symmetric : {true, false}) {
       for (bool at_end : {true, false}) {
-        for (int64_t m : {1, 2, 5, 6, 7, 8, 9, 33})
+        for (int64_t m : {1, 2, 5, 6, 7, 8, 9, 17, 33})
           for (int64_t n : {1, 15, 16, 17, 47, 48, 49, 97})
             for (int64_t k : {0, 1, 3, 4, 5, 31, 64, 131}) run_case(path, m, n, k, symmetric, Fill::kNormal, at_end, 1);
-        for (Fill fill : {Fill::kExtreme, Fill::kZero, Fill::kOutlier})
+        for (Fill fill : {Fill::kSmallWeights, Fill::kExtreme, Fill::kZero, Fill::kOutlier})
           for (int64_t k : {7, 256, 1021}) run_case(path, 9, 50, k, symmetric, fill, at_end, 1);
+        for (int64_t m : {1, 11})
+          for (int64_t n : {1, 23, 48, 113})
+            for (int64_t k : {1, 9, 33, 67}) run_types(path, m, n, k, symmetric, at_end);
       }
-      run_case(path, 150, 33, 1030, symmetric, Fill::kNormal, true, 2);      // several row blocks, two threads
-      run_case(path, 1, 1000, 600, symmetric, Fill::kNormal, true, 2);       // outputs split over threads
+      run_case(path, 150, 33, 1030, symmetric, Fill::kNormal, true, 2);  // several row blocks, two threads
+      run_case(path, 1, 1000, 600, symmetric, Fill::kNormal, true, 2);   // outputs split over threads
+      run_case(path, 70, 97, 600, symmetric, Fill::kSmallWeights, true, 2);
       run_case(path, 2, 3, cpu::kMaxK, symmetric, Fill::kExtreme, true, 2);  // the largest sums there are
       run_case(path, 70, 20, 2049, symmetric, Fill::kExtreme, true, 3);
     }

@@ -37,9 +37,10 @@ class Shape:
         return f"{self.name}-{self.m}x{self.n}x{self.k}"
 
 
-# What the kernels cut a problem into: rows in tiles of 4 (scalar, AVX2 signed), 6 (AVX2) and 8 (AVX-512); outputs in
-# panels of 16 and groups of 3 panels (AVX-512); k in fours, in 16s where a small AVX-512 tile splits its sums, and in
-# lanes of 8 and 16 where a row is quantized. Quantized rows go in blocks of 128 KiB; 2^18 products are worth a thread.
+# What the kernels cut a problem into: rows in tiles of 4 (scalar, AVX2 signed), 6 (AVX2), 8 (AVX-512), 16 and 32 (AMX,
+# from 9 rows); outputs in panels of 16 and groups of 3 panels; k in fours, in 16s where a small AVX-512 tile splits its
+# sums, in 64s (AMX), and in lanes of 8 and 16 where a row is quantized. Quantized rows go in blocks of 128 KiB; 2^18
+# products are worth a thread.
 SHAPES = (
     Shape("no-tokens", 0, 16, 8),
     Shape("no-outputs", 3, 0, 8),
@@ -74,6 +75,12 @@ SHAPES = (
     Shape("tile8", 8, 50, 30),
     Shape("tile8-and-1", 9, 50, 30),
     Shape("tiles-4-6-8-and-1", 25, 51, 29),
+    Shape("tile16-less-1", 15, 47, 63),
+    Shape("tile16", 16, 48, 64),
+    Shape("tile16-and-1", 17, 49, 65),
+    Shape("tile32-less-1", 31, 80, 60),
+    Shape("tile32", 32, 64, 128),
+    Shape("tile32-and-1", 33, 97, 129),
     Shape("primes", 13, 37, 101),
     Shape("more-primes", 7, 61, 127),
     Shape("power-of-two", 6, 64, 1024),
@@ -175,6 +182,7 @@ INPUTS: dict[str, Callable[[int, int, torch.dtype], torch.Tensor]] = {
 
 WEIGHTS: dict[str, Callable[[int, int], torch.Tensor]] = {
     "random": random_weight,
+    "small": lambda n, k: random_weight(n, k) // 12,  # AVX2 sums several steps of whole groups in 16 bits
     "all -128": lambda n, k: torch.full((n, k), -128, dtype=torch.int8),
     "all 127": lambda n, k: torch.full((n, k), 127, dtype=torch.int8),
     "-128 and 127": lambda n, k: (torch.arange(n * k).reshape(n, k) % 2 * 255 - 128).to(torch.int8),
