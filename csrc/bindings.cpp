@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/int4_linear.h"
 #include "cpu/int8_linear.h"
 #include "cpu/path.h"
 #include "cpu/quantize_per_token.h"
@@ -50,7 +51,38 @@ Activation parse_activation(const std::string& name) {
   return Activation::kSilu;
 }
 
+using Shape = std::vector<int64_t>;
+
+Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
+
+// The product of all dimensions but the last: M.
+int64_t rows_of(const Tensor& t) {
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) m *= t.size(i);
+  return m;
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A float32 bias, whatever the type of x: the sum it is added to is float32 too.
+std::optional<Tensor> float_bias(const std::optional<Tensor>& bias, int64_t n) {
+  if (!bias.has_value()) return std::nullopt;
+  require(bias->numel() == n, "tcompress: bias: expected [N]");
+  return dense(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
+}
+
+// [..., N] like the output, of its type.
+std::optional<Tensor> checked_residual(const std::optional<Tensor>& residual, const Shape& shape, ScalarType type) {
+  if (!residual.has_value()) return std::nullopt;
+  require(residual->scalar_type() == type && shape_of(*residual) == shape,
+          "tcompress: residual: expected the shape and the type of the result");
+  return dense(*residual);
+}
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -59,10 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x_in, int64_
   require(bits >= 2 && bits <= 8, "quantize_per_token: bits: expected 2 to 8");
   const Tensor x = dense(x_in);
   const DType dtype = float_dtype(x.scalar_type());
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const int64_t k = shape.back();
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) m *= shape[i];
+  Shape shape = shape_of(x);
+  const int64_t k = shape.back(), m = rows_of(x);
 
   Tensor q = torch::stable::new_empty(x, shape, symmetric ? ScalarType::Char : ScalarType::Byte);
   shape.back() = 1;
@@ -86,46 +116,161 @@ Tensor int8_prepack(const Tensor& weight_in) {
   return packed;
 }
 
-Tensor int8_linear(const Tensor& x_in, const Tensor& weight, const Tensor& weight_scale_in,
+const int8_t* int8_kernel_weight(const Tensor& kernel_weight, int64_t n, int64_t k) {
+  require(k <= cpu::kMaxK, "int8_linear: K: expected at most 65536");
+  require(kernel_weight.is_contiguous() && kernel_weight.scalar_type() == ScalarType::Char &&
+              kernel_weight.numel() == cpu::Int8KernelLayout(n, k).bytes,
+          "int8_linear: kernel_weight: expected the result of int8_prepack(weight)");
+  return static_cast<const int8_t*>(kernel_weight.data_ptr());
+}
+
+Tensor int8_unpack(const Tensor& kernel_weight, int64_t n, int64_t k, const std::optional<Tensor>& rows_in) {
+  require(n >= 0 && k >= 0, "int8_unpack: n, k: expected at least 0");
+  const int8_t* source = int8_kernel_weight(kernel_weight, n, k);
+  std::optional<Tensor> rows;
+  if (rows_in.has_value()) {
+    require(rows_in->dim() == 1 && rows_in->scalar_type() == ScalarType::Long, "int8_unpack: rows: expected int64 [R]");
+    rows = dense(*rows_in);
+    const int64_t* index = data_or_null<int64_t>(rows);
+    for (int64_t i = 0; i < rows->numel(); ++i)
+      require(index[i] >= 0 && index[i] < n, "int8_unpack: rows: expected indices from 0 to N - 1");
+  }
+  const int64_t n_rows = rows.has_value() ? rows->numel() : n;
+  Tensor weight = torch::stable::new_empty(kernel_weight, {n_rows, k});
+  cpu::int8_unpack(source, n, k, data_or_null<int64_t>(rows), n_rows, static_cast<int8_t*>(weight.data_ptr()),
+                   threads());
+  return weight;
+}
+
+Tensor int8_linear(const Tensor& x_in, const std::optional<Tensor>& weight, const Tensor& weight_scale_in,
                    const std::optional<Tensor>& bias_in, const std::optional<Tensor>& kernel_weight_in,
                    int64_t act_bits, bool act_symmetric, const std::string& activation,
-                   std::optional<ScalarType> out_dtype) {
-  require(x_in.dim() >= 1 && weight.dim() == 2 && x_in.size(x_in.dim() - 1) == weight.size(1),
-          "int8_linear: x: expected [..., K] for a weight [N, K]");
-  require(weight.scalar_type() == ScalarType::Char, "int8_linear: weight: expected int8");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  require(k <= cpu::kMaxK, "int8_linear: K: expected at most 65536");
+                   std::optional<ScalarType> out_dtype, const std::optional<Tensor>& residual_in) {
+  require(x_in.dim() >= 1, "int8_linear: x: expected at least 1 dimension");
+  const int64_t n = weight_scale_in.numel(), k = x_in.size(x_in.dim() - 1);
+  require(!weight.has_value() || (weight->dim() == 2 && weight->scalar_type() == ScalarType::Char &&
+                                  weight->size(0) == n && weight->size(1) == k),
+          "int8_linear: weight: expected int8 [N, K] for x [..., K] and weight_scale [N]");
+  require(weight.has_value() || kernel_weight_in.has_value(), "int8_linear: weight: expected it or kernel_weight");
   require(act_bits >= 2 && act_bits <= (act_symmetric ? 8 : 7),
           "int8_linear: act_bits: expected 2 to 8 symmetric or 2 to 7 asymmetric");
   const Tensor x = dense(x_in);
   const Tensor weight_scale = dense(weight_scale_in);
-  require(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == n,
+  require(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1,
           "int8_linear: weight_scale: expected float32 [N]");
-  std::optional<Tensor> bias;
-  if (bias_in.has_value()) {
-    // A float32 bias, whatever the type of x: the sum it is added to is float32 too.
-    bias =
-        dense(bias_in->scalar_type() == ScalarType::Float ? *bias_in : torch::stable::to(*bias_in, ScalarType::Float));
-    require(bias->numel() == n, "int8_linear: bias: expected [N]");
-  }
-  const Tensor kernel_weight = kernel_weight_in.has_value() ? *kernel_weight_in : int8_prepack(weight);
-  require(kernel_weight.is_contiguous() && kernel_weight.scalar_type() == ScalarType::Char &&
-              kernel_weight.numel() == cpu::Int8KernelLayout(n, k).bytes,
-          "int8_linear: kernel_weight: expected the result of int8_prepack(weight)");
-
+  const std::optional<Tensor> bias = float_bias(bias_in, n);
+  const Tensor kernel_weight = kernel_weight_in.has_value() ? *kernel_weight_in : int8_prepack(*weight);
+  const int8_t* packed = int8_kernel_weight(kernel_weight, n, k);
   const ScalarType y_type = out_dtype.value_or(x.scalar_type());
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) m *= shape[i];
+  Shape shape = shape_of(x);
   shape.back() = n;
+  require(y_type != ScalarType::Int || !residual_in.has_value(), "int8_linear: residual: expected none for int32");
+  const std::optional<Tensor> residual = checked_residual(residual_in, shape, y_type);
   Tensor y = torch::stable::new_empty(x, shape, y_type);
-  cpu::int8_linear(
-      {x.data_ptr(), float_dtype(x.scalar_type()), m, n, k, static_cast<const int8_t*>(kernel_weight.data_ptr()),
-       static_cast<const float*>(weight_scale.data_ptr()),
-       bias.has_value() ? static_cast<const float*>(bias->data_ptr()) : nullptr, static_cast<int>(act_bits),
-       act_symmetric, parse_activation(activation), y.data_ptr(),
-       y_type == ScalarType::Int ? DType::kInt32 : float_dtype(y_type)},
-      threads());
+  cpu::int8_linear({x.data_ptr(), float_dtype(x.scalar_type()), rows_of(x), n, k, packed,
+                    static_cast<const float*>(weight_scale.data_ptr()), data_or_null<float>(bias),
+                    static_cast<int>(act_bits), act_symmetric, parse_activation(activation),
+                    data_or_null<void>(residual), y.data_ptr(),
+                    y_type == ScalarType::Int ? DType::kInt32 : float_dtype(y_type)},
+                   threads());
+  return y;
+}
+
+DType int4_scale_dtype(ScalarType type) {
+  require(type == ScalarType::Half || type == ScalarType::Float,
+          "int4_linear: weight_scale: expected float16 or float32");
+  return type == ScalarType::Half ? DType::kFloat16 : DType::kFloat32;
+}
+
+void check_int4_sizes(int64_t n, int64_t k, int64_t group_size) {
+  require(n >= 0 && k >= 0, "int4_linear: N, K: expected at least 0");
+  require(k <= cpu::kMaxInt4K, "int4_linear: K: expected at most 65536");
+  const bool power = group_size >= 32 && group_size <= 512 && (group_size & (group_size - 1)) == 0;
+  require(group_size > 0 && (power || group_size >= k),
+          "int4_linear: group_size: expected 32, 64, 128, 256, 512 or at least K");
+}
+
+// Checks the parts of an int4 weight; returns its kernel layout.
+cpu::Int4KernelLayout int4_layout(const std::optional<Tensor>& weight, const Tensor& scale,
+                                  const std::optional<Tensor>& zero_point, int64_t k, int64_t group_size) {
+  require(scale.dim() == 2, "int4_linear: weight_scale: expected [N, ceil(K/group_size)]");
+  const int64_t n = scale.size(0);
+  check_int4_sizes(n, k, group_size);
+  const int64_t groups = k / group_size + (k % group_size != 0);
+  require(scale.size(1) == groups, "int4_linear: weight_scale: expected [N, ceil(K/group_size)]");
+  require(!weight.has_value() || (weight->dim() == 2 && weight->scalar_type() == ScalarType::Byte &&
+                                  weight->size(0) == n && weight->size(1) == (k + 1) / 2),
+          "int4_linear: weight: expected uint8 [N, ceil(K/2)]");
+  require(!zero_point.has_value() || (zero_point->scalar_type() == ScalarType::Byte && zero_point->dim() == 2 &&
+                                      zero_point->size(0) == n && zero_point->size(1) == groups),
+          "int4_linear: zero_point: expected uint8, the shape of weight_scale");
+  return {n, k, group_size, int4_scale_dtype(scale.scalar_type()), zero_point.has_value()};
+}
+
+Tensor int4_prepack(const Tensor& weight_in, const Tensor& scale_in, const std::optional<Tensor>& zero_point_in,
+                    int64_t k, int64_t group_size) {
+  const cpu::Int4KernelLayout layout = int4_layout(weight_in, scale_in, zero_point_in, k, group_size);
+  const Tensor weight = dense(weight_in), scale = dense(scale_in);
+  std::optional<Tensor> zero_point;
+  if (zero_point_in.has_value()) zero_point = dense(*zero_point_in);
+  Tensor packed = torch::stable::new_empty(weight, {layout.bytes}, ScalarType::Char);
+  cpu::int4_prepack({static_cast<const uint8_t*>(weight.data_ptr()), weight.size(0), k, group_size, scale.data_ptr(),
+                     int4_scale_dtype(scale.scalar_type()), data_or_null<uint8_t>(zero_point)},
+                    static_cast<int8_t*>(packed.data_ptr()), threads());
+  return packed;
+}
+
+const int8_t* int4_kernel_weight(const Tensor& kernel_weight, const cpu::Int4KernelLayout& layout) {
+  require(kernel_weight.is_contiguous() && kernel_weight.scalar_type() == ScalarType::Char &&
+              kernel_weight.numel() == layout.bytes,
+          "int4_linear: kernel_weight: expected the result of int4_prepack");
+  return static_cast<const int8_t*>(kernel_weight.data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> int4_unpack(const Tensor& kernel_weight, int64_t n, int64_t k, int64_t group_size,
+                                               ScalarType scale_type, bool has_zero_points) {
+  check_int4_sizes(n, k, group_size);
+  const DType scale_dtype = int4_scale_dtype(scale_type);
+  const cpu::Int4KernelLayout layout(n, k, group_size, scale_dtype, has_zero_points);
+  const int8_t* source = int4_kernel_weight(kernel_weight, layout);
+  const Shape groups = {n, layout.n_k_groups}, none = {0, 0};
+  Tensor weight = torch::stable::new_empty(kernel_weight, {n, (k + 1) / 2}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(kernel_weight, groups, scale_type);
+  Tensor zero_point = torch::stable::new_empty(kernel_weight, has_zero_points ? groups : none, ScalarType::Byte);
+  cpu::int4_unpack({source, n, k, group_size, scale_dtype, has_zero_points, static_cast<uint8_t*>(weight.data_ptr()),
+                    scale.data_ptr(), static_cast<uint8_t*>(zero_point.data_ptr())},
+                   threads());
+  return {weight, scale, zero_point};
+}
+
+Tensor int4_linear(const Tensor& x_in, const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias_in,
+                   const std::optional<Tensor>& kernel_weight_in, int64_t group_size, std::optional<int64_t> act_bits,
+                   bool act_symmetric, const std::string& activation, std::optional<ScalarType> out_dtype,
+                   const std::optional<Tensor>& residual_in) {
+  require(x_in.dim() >= 1, "int4_linear: x: expected at least 1 dimension");
+  const int64_t k = x_in.size(x_in.dim() - 1);
+  const cpu::Int4KernelLayout layout = int4_layout(weight, weight_scale, zero_point, k, group_size);
+  const int64_t n = weight_scale.size(0);
+  require(weight.has_value() || kernel_weight_in.has_value(), "int4_linear: weight: expected it or kernel_weight");
+  require(!act_bits.has_value() || (*act_bits >= 2 && *act_bits <= (act_symmetric ? 8 : 7)),
+          "int4_linear: act_bits: expected 2 to 8 symmetric, 2 to 7 asymmetric, or none");
+  const Tensor x = dense(x_in);
+  const std::optional<Tensor> bias = float_bias(bias_in, n);
+  const Tensor kernel_weight = kernel_weight_in.has_value()
+                                   ? *kernel_weight_in
+                                   : int4_prepack(*weight, weight_scale, zero_point, k, group_size);
+  const int8_t* packed = int4_kernel_weight(kernel_weight, layout);
+  const ScalarType y_type = out_dtype.value_or(x.scalar_type());
+  Shape shape = shape_of(x);
+  shape.back() = n;
+  const std::optional<Tensor> residual = checked_residual(residual_in, shape, y_type);
+  Tensor y = torch::stable::new_empty(x, shape, y_type);
+  cpu::int4_linear({x.data_ptr(), float_dtype(x.scalar_type()), rows_of(x), n, k, group_size, packed,
+                    int4_scale_dtype(weight_scale.scalar_type()), zero_point.has_value(), data_or_null<float>(bias),
+                    static_cast<int>(act_bits.value_or(0)), act_symmetric, parse_activation(activation),
+                    data_or_null<void>(residual), y.data_ptr(), float_dtype(y_type)},
+                   threads());
   return y;
 }
 
@@ -134,7 +279,11 @@ Tensor int8_linear(const Tensor& x_in, const Tensor& weight, const Tensor& weigh
 STABLE_TORCH_LIBRARY_IMPL(tcompress, CPU, m) {
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
   m.impl("int8_prepack", TORCH_BOX(&int8_prepack));
+  m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int4_prepack", TORCH_BOX(&int4_prepack));
+  m.impl("int4_unpack", TORCH_BOX(&int4_unpack));
+  m.impl("int4_linear", TORCH_BOX(&int4_linear));
 }
 
 PYBIND11_MODULE(_C, m) {

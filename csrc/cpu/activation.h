@@ -7,8 +7,13 @@
 #include "activation_kind.h"
 
 namespace tcompress::cpu {
-
 namespace {
+
+// An activation as a type, so that a generic lambda can take it as a constant.
+template <Activation kActivation>
+struct ActivationConstant {
+  static constexpr Activation value = kActivation;
+};
 
 // e^x for x clamped to [-87.3, 88.8]: never subnormal, and infinity from 88.38 (n = 128), so that a sigmoid reaches 0
 // and not a 4e-39 that a large x would multiply. NaN propagates.

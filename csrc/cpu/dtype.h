@@ -14,6 +14,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2; }
+
 static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2);
 
 }  // namespace tcompress::cpu

@@ -1,41 +1,81 @@
-// From int32 sums to the output's type, as a template over the vector class of a path (vec_*.h):
+// From sums to the output's type, as templates over the vector class of a path (vec_*.h):
 //
-//   y[n] = activation(float(acc[n] - zero_point * column_sum[n]) * scale * weight_scale[n] + bias[n])
+//   integers:  y[n] = activation(float(acc[n] - zero_point * column_sum[n]) * scale * weight_scale[n] + bias[n])
+//                     * factor[n] + residual[n]
+//   floats:    y[n] = activation(acc[n] * scale + bias[n]) * factor[n] + residual[n]
 //
-// The two multiplications and the addition each round once, in this order, in the reference too.
+// factor and residual have the output's type, and may be the output itself.
+// Each multiplication and addition rounds once, in this order, in the reference too.
 #pragma once
 
 #include "activation.h"
+#include "int4_linear.h"
 #include "int8_linear.h"
 
 namespace tcompress::cpu {
 namespace {
 
+// What is applied to a row of sums; the same for all kernels.
+template <class Out>
+struct RowEnd {
+  const float* bias;    // or null
+  const Out* factor;    // or null
+  const Out* residual;  // or null
+  Out* y;
+};
+
+template <class T>
+inline const T* from(const T* p, int64_t i) {
+  return p == nullptr ? nullptr : p + i;
+}
+
+template <class V, Activation kActivation, class Out>
+inline void finish(V v, const RowEnd<Out>& end) {
+  if (end.bias != nullptr) v = v + V::load(end.bias);
+  v = activate<kActivation>(v);
+  if (end.factor != nullptr) v = v * V::load(end.factor);
+  if (end.residual != nullptr) v = v + V::load(end.residual);
+  store(end.y, v);
+}
+
+// value(i, weight_scale) gives the columns from i on. What it reads of the kernel's own memory is padded to a whole
+// panel; the caller's arrays are not, so their tails are copied.
+template <class V, Activation kActivation, class Out, class Value>
+inline void finish_row(int64_t n, const float* weight_scale, const RowEnd<Out>& end, const Value& value) {
+  constexpr int kLanes = V::kLanes;
+  const int64_t body = n - n % kLanes;
+  for (int64_t i = 0; i < body; i += kLanes)
+    finish<V, kActivation, Out>(value(i, from(weight_scale, i)),
+                                {from(end.bias, i), from(end.factor, i), from(end.residual, i), end.y + i});
+  if (body == n) return;
+  float scale[kLanes] = {}, bias[kLanes] = {};
+  Out factor[kLanes] = {}, residual[kLanes] = {}, y[kLanes];
+  for (int64_t i = body; i < n; ++i) {
+    if (weight_scale != nullptr) scale[i - body] = weight_scale[i];
+    if (end.bias != nullptr) bias[i - body] = end.bias[i];
+    if (end.factor != nullptr) factor[i - body] = end.factor[i];
+    if (end.residual != nullptr) residual[i - body] = end.residual[i];
+  }
+  finish<V, kActivation, Out>(value(body, scale),
+                              {end.bias == nullptr ? nullptr : bias, end.factor == nullptr ? nullptr : factor,
+                               end.residual == nullptr ? nullptr : residual, y});
+  for (int64_t i = body; i < n; ++i) end.y[i] = y[i - body];
+}
+
+template <class Out, class Args>
+inline RowEnd<Out> row_end(const Args& args) {
+  return {args.bias, static_cast<const Out*>(args.factor), static_cast<const Out*>(args.residual),
+          static_cast<Out*>(args.y)};
+}
+
 template <class V, Activation kActivation, class Out>
 void epilogue_row(const EpilogueArgs& args) {
-  constexpr int kLanes = V::kLanes;
   const V scale = V::set1(args.scale);
-  Out* y = static_cast<Out*>(args.y);
-  const int64_t body = args.n - args.n % kLanes;
-  const auto column = [&](int64_t i, const float* weight_scale, const float* bias, Out* out) {
-    V::subtract_product(args.acc + i, args.zero_point, args.column_sum + i);
-    V v = V::from_int32(args.acc + i) * scale * V::load(weight_scale);
-    if (bias != nullptr) v = v + V::load(bias);
-    store(out, activate<kActivation>(v));
-  };
-  for (int64_t i = 0; i < body; i += kLanes)
-    column(i, args.weight_scale + i, args.bias == nullptr ? nullptr : args.bias + i, y + i);
-  if (body < args.n) {
-    // acc and column_sum are padded to a whole panel; the caller's arrays are not.
-    float weight_scale[kLanes] = {}, bias[kLanes] = {};
-    Out out[kLanes];
-    for (int64_t i = body; i < args.n; ++i) {
-      weight_scale[i - body] = args.weight_scale[i];
-      if (args.bias != nullptr) bias[i - body] = args.bias[i];
-    }
-    column(body, weight_scale, args.bias == nullptr ? nullptr : bias, out);
-    for (int64_t i = body; i < args.n; ++i) y[i] = out[i - body];
-  }
+  finish_row<V, kActivation, Out>(args.n, args.weight_scale, row_end<Out>(args),
+                                  [&](int64_t i, const float* weight_scale) {
+                                    V::subtract_product(args.acc + i, args.zero_point, args.column_sum + i);
+                                    return V::from_int32(args.acc + i) * scale * V::load(weight_scale);
+                                  });
 }
 
 template <class V>
@@ -46,7 +86,15 @@ void epilogue_row_integers(const EpilogueArgs& args) {
   for (int64_t i = 0; i < args.n; ++i) y[i] = args.acc[i];
 }
 
+template <class V, Activation kActivation, class Out>
+void float_epilogue_row(const FloatEpilogueArgs& args) {
+  const V scale = V::set1(args.scale);
+  finish_row<V, kActivation, Out>(args.n, nullptr, row_end<Out>(args),
+                                  [&](int64_t i, const float*) { return V::load(args.acc + i) * scale; });
+}
+
 using EpilogueRow = void (*)(const EpilogueArgs&);
+using FloatEpilogueRow = void (*)(const FloatEpilogueArgs&);
 
 template <class V, Activation kActivation>
 EpilogueRow epilogue_for_dtype(DType dtype) {
@@ -63,21 +111,47 @@ EpilogueRow epilogue_for_dtype(DType dtype) {
   return nullptr;
 }
 
-template <class V>
-EpilogueRow epilogue_for(Activation activation, DType dtype) {
-  switch (activation) {
-    case Activation::kNone:
-      return epilogue_for_dtype<V, Activation::kNone>(dtype);
-    case Activation::kRelu:
-      return epilogue_for_dtype<V, Activation::kRelu>(dtype);
-    case Activation::kGelu:
-      return epilogue_for_dtype<V, Activation::kGelu>(dtype);
-    case Activation::kGeluTanh:
-      return epilogue_for_dtype<V, Activation::kGeluTanh>(dtype);
-    case Activation::kSilu:
-      return epilogue_for_dtype<V, Activation::kSilu>(dtype);
+template <class V, Activation kActivation>
+FloatEpilogueRow float_epilogue_for_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return float_epilogue_row<V, kActivation, float>;
+    case DType::kBFloat16:
+      return float_epilogue_row<V, kActivation, BFloat16>;
+    case DType::kFloat16:
+      return float_epilogue_row<V, kActivation, Float16>;
+    case DType::kInt32:
+      break;  // the binding refuses it
   }
   return nullptr;
+}
+
+// Calls f with the activation as a compile-time constant.
+template <class F>
+auto with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kRelu:
+      return f(ActivationConstant<Activation::kRelu>{});
+    case Activation::kGelu:
+      return f(ActivationConstant<Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(ActivationConstant<Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return f(ActivationConstant<Activation::kSilu>{});
+    case Activation::kNone:
+      break;
+  }
+  return f(ActivationConstant<Activation::kNone>{});
+}
+
+template <class V>
+EpilogueRow epilogue_for(Activation activation, DType dtype) {
+  return with_activation(activation, [&](auto a) { return epilogue_for_dtype<V, a.value>(dtype); });
+}
+
+template <class V>
+FloatEpilogueRow float_epilogue_for(Activation activation, DType dtype) {
+  return with_activation(activation, [&](auto a) { return float_epilogue_for_dtype<V, a.value>(dtype); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // y = activation(x W^T + bias) with an int8 weight and activations quantized per token on the way in.
 //
 //   acc[m,n] = sum_k (a[m,k] - zero_point[m]) * w[n,k]                       exact in int32
-//   y[m,n]   = activation(float(acc) * scale[m] * weight_scale[n] + bias[n])
+//   y[m,n]   = activation(float(acc) * scale[m] * weight_scale[n] + bias[n]) * factor[m,n] + residual[m,n]
 //
 // a, scale and zero_point come from quantize_per_token (quantize_row.h). Constraint: K <= kMaxK, so that neither the
 // sum nor a partial sum leaves int32.
@@ -20,15 +20,11 @@
 
 #include "activation_kind.h"
 #include "dtype.h"
+#include "linear_grid.h"
 #include "path_kind.h"
 #include "quantize_per_token.h"
 
 namespace tcompress::cpu {
-
-constexpr int kPanel = 16;       // outputs in a panel
-constexpr int kGroupPanels = 3;  // panels in a group
-constexpr int kGroup = kGroupPanels * kPanel;
-constexpr int kQuad = 4;  // k's that one 32-bit lane multiplies: a step
 
 // |a - zero_point| and the offset-128 form of a are at most 255, |w| at most 128.
 constexpr int64_t kMaxK = 65536;
@@ -49,6 +45,10 @@ struct Int8KernelLayout {
 // weight [N, K] int8, contiguous -> kernel layout
 void int8_prepack(const int8_t* weight, int64_t n, int64_t k, int8_t* kernel_weight, int num_threads);
 
+// The inverse, for the given rows, each in [0, n), or for all where rows is null: weight [n_rows, K].
+void int8_unpack(const int8_t* kernel_weight, int64_t n, int64_t k, const int64_t* rows, int64_t n_rows, int8_t* weight,
+                 int num_threads);
+
 struct Int8LinearArgs {
   const void* x;  // [M, K], contiguous
   DType x_dtype;
@@ -59,8 +59,9 @@ struct Int8LinearArgs {
   int act_bits;               // 2 … 8
   bool act_symmetric;         // asymmetric: at most 7 bits, so that a fits both int8 and uint8
   Activation activation;
-  void* y;        // [M, N], contiguous
-  DType y_dtype;  // kInt32 stores acc itself; bias, scales and activation then do not apply
+  const void* residual;  // [M, N] like y, or null; may be y itself
+  void* y;               // [M, N], contiguous
+  DType y_dtype;         // kInt32 stores acc itself; scales, bias, activation and residual then do not apply
 };
 
 void int8_linear(const Int8LinearArgs& args, int num_threads);
@@ -85,7 +86,9 @@ struct EpilogueArgs {
   float scale;
   const int32_t* column_sum;
   const float* weight_scale;
-  const float* bias;
+  const float* bias;     // or null
+  const void* factor;    // or null
+  const void* residual;  // or null
   void* y;
 };
 
@@ -99,8 +102,6 @@ struct Int8LinearPath {
   void (*tile_unsigned)(const Int8TileArgs&);  // asymmetric activations, 0 … 127
   void (*(*epilogue)(Activation, DType))(const EpilogueArgs&);
 };
-
-constexpr int kMaxTileRows = 32;
 
 extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni, kInt8LinearAmx;
 

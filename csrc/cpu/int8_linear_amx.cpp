@@ -14,6 +14,7 @@
 
 #include <immintrin.h>
 
+#include "amx_tiles.h"
 #include "epilogue.h"
 #include "int8_linear.h"
 #include "vec_avx512.h"
@@ -21,29 +22,11 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int kTileRows = 16;
 constexpr int kMaxRows = 2 * kTileRows;
-constexpr int kTileSteps = 16;
-constexpr int kTileBytes = kTileSteps * kQuad;  // a tile's row: 64 bytes
-constexpr int kFewRows = 8;                     // fewer rows than this: AVX-512 VNNI
-static_assert(kMaxRows <= kMaxTileRows && kTileBytes == kPanel * kQuad);
+constexpr int kFewRows = 8;  // fewer rows than this: AVX-512 VNNI
+static_assert(kMaxRows <= kMaxTileRows);
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-constexpr TileConfig full_tiles() {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.bytes_per_row[t] = kTileBytes;
-    config.rows[t] = kTileRows;
-  }
-  return config;
-}
-constexpr TileConfig kFullTiles = full_tiles();
+constexpr TileConfig kFullTiles(kTileRows, kTileSteps);
 
 // Tile numbers are part of the instruction: sums 0 … 2 and 3 … 5, activations 6, weights 7.
 #define TC_MULTIPLY_PANEL(sum, panel)                        \

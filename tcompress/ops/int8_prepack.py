@@ -81,12 +81,16 @@ def flush_schedule(groups: torch.Tensor) -> torch.Tensor:
     return runs[:, :steps].to(torch.uint8)
 
 
-def fake(weight: torch.Tensor) -> torch.Tensor:
-    n, k = weight.shape
+def kernel_bytes(n: int, k: int) -> int:
+    """Bytes of the kernel layout of a weight [N, K]."""
     n_padded, k_padded = n + -n % PANEL, k + -k % QUAD
     n_groups = (n_padded // PANEL + GROUP_PANELS - 1) // GROUP_PANELS
     size = n_padded * (k_padded + 4) + n_groups * (k_padded // QUAD)
-    return weight.new_empty(size + -size % QUAD)
+    return size + -size % QUAD
+
+
+def fake(weight: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty(kernel_bytes(*weight.shape))
 
 
 def flops(weight: torch.Tensor) -> int:

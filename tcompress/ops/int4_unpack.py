@@ -1,0 +1,110 @@
+"""An int4 weight out of its kernel layout."""
+
+from __future__ import annotations
+
+import torch
+
+from tcompress import backend
+from tcompress.errors import message
+from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops.int4_prepack import GROUP_SIZES, PAD_K, QUAD, SCALE_DTYPES, kernel_bytes
+from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL
+from tcompress.packing.int4 import pack_int4
+
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def int4_unpack(
+    kernel_weight: torch.Tensor, n: int, k: int, group_size: int, scale_dtype: torch.dtype, has_zero_points: bool
+) -> Parts:
+    """The inverse of `int4_prepack`.
+
+    Args:
+        kernel_weight: the result of `int4_prepack` of a weight with N outputs and K inputs.
+        n, k, group_size, scale_dtype: as it was packed.
+        has_zero_points: whether it was packed with zero points.
+
+    Returns:
+        weight [N, ceil(K/2)] uint8, weight_scale [N, ceil(K/g)], and zero_point [N, ceil(K/g)] uint8, which is [0, 0]
+        where there are none.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a size that these arguments do not give.
+    """
+    op = "int4_unpack"
+    if kernel_weight.dtype != torch.int8:
+        raise TypeError(message(op, "kernel_weight", kernel_weight.dtype, "int8"))
+    if scale_dtype not in SCALE_DTYPES:
+        raise TypeError(message(op, "scale_dtype", scale_dtype, "float16 or float32"))
+    if group_size not in GROUP_SIZES and group_size < max(k, 1):
+        raise ValueError(message(op, "group_size", group_size, f"one of {GROUP_SIZES}, or at least K = {k}"))
+    size = kernel_bytes(n, k, group_size, scale_dtype.itemsize, has_zero_points)
+    if min(n, k) < 0 or kernel_weight.shape != (size,):
+        raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), f"[{size}] for N={n}, K={k}"))
+    return backend.call(op, kernel_weight, n, k, group_size, scale_dtype, has_zero_points)
+
+
+def _rows(memory: torch.Tensor, n: int, inner: int) -> torch.Tensor:
+    """What `int4_prepack` laid out, bytes, back to [N, S, inner]."""
+    n_padded, width = n + -n % PANEL, GROUP_PANELS * PANEL
+    if not memory.numel():
+        return memory.new_zeros(n, 0, inner)
+    row_bytes = memory.numel() // n_padded
+    groups = []
+    for start in range(0, n_padded, width):
+        columns = min(width, n_padded - start)
+        group = memory[start * row_bytes : (start + columns) * row_bytes]
+        groups.append(group.view(-1, columns, inner).transpose(0, 1))
+    return torch.cat(groups)[:n]
+
+
+def reference(
+    kernel_weight: torch.Tensor, n: int, k: int, group_size: int, scale_dtype: torch.dtype, has_zero_points: bool
+) -> Parts:
+    n_padded, groups = n + -n % PANEL, -(-k // group_size)
+    memory = kernel_weight.view(torch.uint8)
+    scales = n_padded * (k + -k % PAD_K) // 2
+    zeros = scales + n_padded * groups * scale_dtype.itemsize
+    pairs = _rows(memory[:scales], n, QUAD)
+    q = torch.stack([pairs & 15, pairs >> 4], 2).reshape(n, -1)[:, :k]
+    scale = _rows(memory[scales:zeros], n, scale_dtype.itemsize).contiguous().view(scale_dtype).view(n, groups)
+    zero_point = kernel_weight.new_empty((0, 0), dtype=torch.uint8)
+    if has_zero_points:
+        zero_point = _rows(memory[zeros:], n, 1).reshape(n, groups)
+    return pack_int4(q.contiguous()), scale, zero_point
+
+
+def fake(
+    kernel_weight: torch.Tensor, n: int, k: int, group_size: int, scale_dtype: torch.dtype, has_zero_points: bool
+) -> Parts:
+    groups = -(-k // group_size)
+    return (
+        kernel_weight.new_empty((n, (k + 1) // 2), dtype=torch.uint8),
+        kernel_weight.new_empty((n, groups), dtype=scale_dtype),
+        kernel_weight.new_empty((n, groups) if has_zero_points else (0, 0), dtype=torch.uint8),
+    )
+
+
+def flops(kernel_weight: torch.Tensor, *args: object) -> int:
+    return 0
+
+
+def nbytes(kernel_weight: torch.Tensor, *args: object) -> int:
+    return 2 * kernel_weight.nbytes
+
+
+define(
+    Op(
+        name="int4_unpack",
+        schema=(
+            "(Tensor kernel_weight, int n, int k, int group_size, ScalarType scale_dtype, bool has_zero_points)"
+            " -> (Tensor, Tensor, Tensor)"
+        ),
+        reference=reference,
+        fake=fake,
+        tolerance=0.0,
+        flops=flops,
+        nbytes=nbytes,
+    )
+)
+backend.register_kernel("int4_unpack", "cpu", unsupported=cpu_unsupported)
