@@ -122,8 +122,8 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
         return "quantizing would not make it smaller" if module.embedding_dim < 2 else None
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}, and int8_linear takes float32, bfloat16 or float16"
-    if scheme.activations is None:
-        return f"{scheme.name} leaves activations in floating point, which linear layers do not support yet"
+    if scheme.activations is None and scheme.weights.bits > 4:
+        return f"{scheme.name} leaves activations in floating point, which linear layers do with 4-bit weights only"
     k = weight.shape[0] if is_conv1d(module) else weight.shape[1]
     if k > MAX_K:
         return f"in_features {k} is above {MAX_K}: an int32 sum could overflow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,10 +11,20 @@ from torch import nn
 from tcompress.errors import message
 from tcompress.match import Match, is_conv1d
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
 
-PackedCache = dict[tuple[int, bool, QuantArgs], PackedWeight]
+
+@dataclass
+class Shared:
+    """A quantized weight and the modules built around it so far."""
+
+    packed: PackedWeight
+    modules: list[PackedModule] = field(default_factory=list)
+
+
+PackedCache = dict[tuple[int, bool, QuantArgs], Shared]
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
@@ -32,16 +43,20 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
     key = (id(module.weight), is_conv1d(module), scheme.weights)
     if key not in cache:
         try:
-            cache[key] = round_to_nearest(linear_weight(module), scheme.weights)
+            cache[key] = Shared(round_to_nearest(linear_weight(module), scheme.weights))
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
-    packed = cache[key]
-    replacement: nn.Module
+    shared = cache[key]
+    packed = shared.packed
+    replacement: PackedModule
     if isinstance(module, nn.Embedding):
         replacement = QuantizedEmbedding.from_packed(packed, scheme, module.weight.dtype, module.padding_idx)
     else:
         bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-        replacement = QuantizedLinear.from_packed(packed, bias, scheme)
+        kernel = next((m.held_kernel for m in shared.modules if m.held_kernel is not None), None)
+        replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel)
+    shared.modules.append(replacement)
+    share_kernel_layout(shared.modules)
     return replacement.train(module.training)
 
 

@@ -96,7 +96,47 @@ def test_tied_weights_share_their_integers():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     compressed = tcompress.compress(model, W8A8).model
-    assert compressed[0].weight_packed.data_ptr() == compressed[1].weight_packed.data_ptr()
+    assert compressed[0].kernel_weight is compressed[1].kernel_weight
+    assert compressed[0].scale is compressed[1].scale
+
+
+def test_an_embedding_tied_to_the_output_layer_is_held_once(tmp_path):
+    """One layout in memory and one tensor on disk, and the same numbers as untied."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(50, 24), nn.Linear(24, 50, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids))
+
+    steps = [{"step": "quantize", "scheme": "W8A16", "targets": "Embedding"}, {"step": "quantize", "scheme": "W8A8"}]
+    model, ids = Tied().eval(), torch.tensor([[0, 49, 7], [7, 7, 1]])
+    result = tcompress.compress(model, {"steps": [{**step, "ignore": []} for step in steps]})
+    held = result.model
+    assert held.embedding.kernel_weight is held.head.kernel_weight
+    assert held.embedding.qdata is None
+    assert result.report.after.disk == 50 * 24 + 50 * 4
+    assert result.report.after.resident == held.head.kernel_weight.nbytes + 50 * 4
+    untied = copy.deepcopy(model)
+    untied.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    other = tcompress.compress(untied, {"steps": [{**step, "ignore": []} for step in steps]}).model
+    assert other.embedding.kernel_weight is None
+    assert torch.equal(held(ids), other(ids))
+    tcompress.save(held, tmp_path)
+    loaded = tcompress.load(tmp_path, Tied().eval())
+    assert loaded.embedding.kernel_weight is loaded.head.kernel_weight
+    assert torch.equal(held(ids), loaded(ids))
+
+
+def test_resident_memory():
+    model = nn.Sequential(nn.Linear(768, 3072), nn.Linear(3072, 768))
+    for scheme in ("W8A8", "W7A7", "W4A8-g32", "W4A16-g128-asym"):
+        result = tcompress.compress(model, {"steps": [{"step": "quantize", "scheme": scheme}]})
+        packed = sum(layer.packed.nbytes for layer in result.model)
+        assert result.report.after.resident <= 1.1 * packed + 4 * (3072 + 768)
 
 
 def test_original_stays_and_nothing_is_shared():
@@ -237,7 +277,7 @@ def test_report_sizes_by_hand():
     assert isinstance(result.model[0], QuantizedEmbedding)
     assert result.report.before.disk == 4 * (80 + 128 + 16 + 32)
     assert result.report.after.disk == (80 + 40) + (128 + 64 + 64) + 128
-    assert result.report.after.resident == result.report.after.disk + result.model[1].kernel_weight.nbytes
+    assert result.report.after.resident == (80 + 40) + (result.model[1].kernel_weight.nbytes + 64 + 64) + 128
 
 
 def test_compressing_twice_in_steps():

@@ -15,7 +15,8 @@ constexpr int kTileSteps = 16;                  // steps of four k's in a whole 
 constexpr int kTileBytes = kTileSteps * kQuad;  // a tile's row: 64 bytes
 static_assert(kTileBytes == kPanel * kQuad);
 
-// Sums 0 … 5 are [rows][16] int32, activations 6 are [rows][4 * steps] bytes, weights 7 are [steps][16][4] bytes.
+// All tiles alike: rows of 64 bytes. With fewer steps than a whole tile has, activations are [rows][4 * steps] bytes in
+// the tiles 4 and 5, weights [steps][16][4] bytes in 6 and 7, and sums [rows][16] int32 in 0 … 3.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {};
@@ -26,8 +27,8 @@ struct alignas(64) TileConfig {
       bytes_per_row[t] = kTileBytes;
       rows[t] = static_cast<uint8_t>(tile_rows);
     }
-    bytes_per_row[6] = static_cast<uint16_t>(steps * kQuad);
-    rows[7] = static_cast<uint8_t>(steps);
+    bytes_per_row[4] = bytes_per_row[5] = static_cast<uint16_t>(steps * kQuad);
+    rows[6] = rows[7] = static_cast<uint8_t>(steps);
   }
 };
 static_assert(sizeof(TileConfig) == 64);

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "integers.h"
+
 namespace tcompress::cpu {
 
 // Calls task(i) for every i in [0, n). task must not throw.
@@ -21,10 +23,6 @@ void parallel_tasks(int n, const Task& task) {
     for (int i = omp_get_thread_num(); i < n; i += omp_get_num_threads()) task(i);
   }
 }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // As many threads as have work: at least one, at most max_threads.
 inline int useful_threads(int64_t work, int64_t min_work_per_thread, int max_threads) {

@@ -24,6 +24,7 @@ from tcompress.errors import message
 from tcompress.formats.module_spec import DTYPES, DtypeName, EmbeddingSpec, LinearSpec, build, describe, mismatch
 from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.match import COMPRESSED
+from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
 
 METADATA = "tcompress.json"
@@ -269,6 +270,14 @@ def _check_fit(
         raise ValueError(f"load: {folder}: does not fit the model: {'; '.join(problems[:5])}{more}")
 
 
+def _share_tied(model: nn.Module, metadata: Metadata) -> None:
+    """Modules that share a weight in the file hold one kernel layout of it."""
+    for key, target in metadata.aliases.items():
+        if key.endswith(".weight_packed"):
+            pair = [model.get_submodule(k.rpartition(".")[0]) for k in (target, key)]
+            share_kernel_layout([m for m in pair if isinstance(m, PackedModule)])
+
+
 def _install(
     model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor], metadata: Metadata
 ) -> None:
@@ -277,6 +286,7 @@ def _install(
         model.get_submodule(parent)._modules[child] = module
     # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
     model.load_state_dict(state, assign=True)
+    _share_tied(model, metadata)
     first: dict[int, nn.Parameter] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if key in state:  # assigning made a parameter of its own of each key; those that share a tensor are tied again

@@ -10,28 +10,31 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcompress.errors import message
+from tcompress.nn.packed_module import PackedModule
+from tcompress.ops import int8_unpack
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
 
 
-class QuantizedEmbedding(nn.Module):
-    """Looks up int8 rows and multiplies each by its scale: `y = weight_packed[id] * weight_scale[id]`.
+class QuantizedEmbedding(PackedModule):
+    """Looks up int8 or int4 rows and multiplies them by their scales: `y = weight_packed[id] * weight_scale[id]`.
 
-    The state dict holds `weight_packed` (int8 [num_embeddings, embedding_dim]) and `weight_scale` (float32
-    [num_embeddings]).
+    The state dict holds `weight_packed` (int8 [num_embeddings, embedding_dim], or two 4-bit integers a byte),
+    `weight_scale` ([num_embeddings], or [num_embeddings, groups]) and, if the scheme has them, `weight_zero_point`.
+
+    A table that is an int8 output layer's weight too (tied) is held once, in the layout of that layer's kernel.
 
     Args:
         num_embeddings, embedding_dim, padding_idx: as in `torch.nn.Embedding`.
-        scheme: a weight-only scheme, W8A16.
+        scheme: a weight-only scheme: W8A16, W4A16-g32 …
         dtype: type of the result.
 
     Raises:
         ValueError: a scheme with quantized activations; an embedding has none.
     """
 
-    weight_packed: torch.Tensor
-    weight_scale: torch.Tensor
+    _wants_kernel_layout = False
 
     def __init__(
         self,
@@ -42,17 +45,13 @@ class QuantizedEmbedding(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
         if scheme.activations is not None:
             hint = "an embedding has no activations to quantize; use W8A16"
             raise ValueError(message("QuantizedEmbedding", "scheme", scheme.name, "a weight-only scheme", hint))
+        super().__init__((num_embeddings, embedding_dim), scheme, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.scheme = scheme
         self.dtype = dtype or torch.get_default_dtype()
-        shape = (num_embeddings, embedding_dim)
-        self.register_buffer("weight_packed", torch.zeros(shape, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(num_embeddings, dtype=torch.float32, device=device))
 
     @classmethod
     def from_packed(
@@ -60,7 +59,7 @@ class QuantizedEmbedding(nn.Module):
     ) -> QuantizedEmbedding:
         """A module around an already quantized table, which it shares."""
         module = cls(*packed.shape, padding_idx, scheme, device="meta", dtype=dtype)
-        module.weight_packed, module.weight_scale = packed.qdata, packed.scale
+        module._hold(packed)
         return module
 
     @classmethod
@@ -82,24 +81,26 @@ class QuantizedEmbedding(nn.Module):
         """The whole table in floating point, computed at each access; some models add it without a look-up."""
         return self.packed.dequantize(self.dtype)
 
-    @property
-    def packed(self) -> PackedWeight:
-        """The table in its storage layout; shares memory with the module."""
-        return PackedWeight(self.weight_packed, self.weight_scale, (self.num_embeddings, self.embedding_dim))
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [...] integers. Returns [..., embedding_dim]."""
-        rows = F.embedding(input, self.weight_packed).float()
-        return (rows * F.embedding(input, self.weight_scale[:, None])).to(self.dtype)
+        n, k = self.num_embeddings, self.embedding_dim
+        if self.kernel_weight is not None and self.scale is not None:
+            rows = int8_unpack(self.kernel_weight, n, k, input.reshape(-1).long()).view(*input.shape, k)
+            return (rows.float() * F.embedding(input, self.scale[:, None])).to(self.dtype)
+        packed = self.packed
+        if packed.layout == "dense":
+            rows = F.embedding(input, packed.qdata)
+            return (rows.float() * F.embedding(input, packed.scale[:, None])).to(self.dtype)
+        ids = input.reshape(-1)
+        zero_point = None if packed.zero_point is None else F.embedding(ids, packed.zero_point)
+        parts = F.embedding(ids, packed.qdata), F.embedding(ids, packed.scale)
+        looked_up = PackedWeight(*parts, (ids.numel(), k), packed.layout, zero_point, packed.group_size)
+        return looked_up.dequantize(self.dtype).view(*input.shape, k)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme.name}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedEmbedding:
-        # .half() and .bfloat16() change the result's type, not the scales.
-        scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # .half() and .bfloat16() change the result's type
         return self

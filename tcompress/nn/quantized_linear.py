@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.ops import int8_linear, int8_prepack
+from tcompress.nn.kernel_layout import KernelWeight
+from tcompress.nn.packed_module import PackedModule
+from tcompress.ops import int4_linear, int8_linear
 from tcompress.ops.int8_linear import ACTIVATIONS
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
 
 
-class QuantizedLinear(nn.Module):
-    """`y = x Wᵀ + b` with an int8 weight and activations quantized per token on the way in (`ops.int8_linear`).
+class QuantizedLinear(PackedModule):
+    """`y = activation(x Wᵀ + b)` with an int8 weight and activations quantized per token on the way in
+    (`ops.int8_linear`), or with an int4 weight and activations quantized or not (`ops.int4_linear`).
 
-    Called like `torch.nn.Linear`; inference only. The state dict holds `weight_packed` (int8 [N, K]), `weight_scale`
-    (float32 [N]) and `bias`. The kernel layout is kept beside them, never saved, and derived again after `.to(device)`
-    and after loading.
+    Called like `torch.nn.Linear`; inference only. The state dict holds `weight_packed` (int8 [N, K], or uint8
+    [N, ceil(K/2)] with two integers a byte), `weight_scale` ([N], or [N, ceil(K/g)]), `weight_zero_point` if the scheme
+    has them, and `bias`. In memory a weight is held once: where a CPU kernel runs, in the layout that it reads.
 
     Args:
         in_features: K. out_features: N.
         bias: whether there is one.
-        scheme: W8A8, W8A7, W7A7 or another `Scheme` with quantized activations.
+        scheme: W8A8, W8A7, W7A7, W4A8-g32, W4A16-g128 or another `Scheme`; a weight-only one has 4-bit weights.
         dtype: type of the bias.
         activation: applied to the result inside the kernel: "none", "relu", "gelu", "gelu_tanh", "silu".
 
     Raises:
-        ValueError: a weight-only scheme, or an unknown activation.
+        ValueError: a weight-only scheme with more than 4 bits, or an unknown activation.
     """
-
-    weight_packed: torch.Tensor
-    weight_scale: torch.Tensor
-    kernel_weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -48,38 +44,42 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         activation: str = "none",
     ) -> None:
-        super().__init__()
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
-        if scheme.activations is None:
-            hint = "weight-only linear layers are not implemented yet"
+        if scheme.activations is None and scheme.weights.bits > 4:
+            hint = "weight-only linear layers have 4-bit weights, W4A16-g32 for one"
             raise ValueError(message("QuantizedLinear", "scheme", scheme.name, "quantized activations", hint))
         if activation not in ACTIVATIONS:
             raise ValueError(message("QuantizedLinear", "activation", repr(activation), f"one of {ACTIVATIONS}"))
+        super().__init__((out_features, in_features), scheme, device)
         self.in_features, self.out_features = in_features, out_features
-        self.scheme, self.activation = scheme, activation
-        self._act_bits, self._act_symmetric = scheme.activations.bits, scheme.activations.symmetric
-        shape = (out_features, in_features)
-        self.register_buffer("weight_packed", torch.zeros(shape, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.activation = activation
+        self._act_bits = scheme.activations.bits if scheme.activations else None
+        self._act_symmetric = scheme.activations.symmetric if scheme.activations else True
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias = nn.Parameter(zeros, requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("kernel_weight", None, persistent=False)
-        self._derive_kernel_weight()
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype | None = None
+        cls,
+        packed: PackedWeight,
+        bias: torch.Tensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype | None = None,
+        kernel: KernelWeight | None = None,
     ) -> QuantizedLinear:
-        """A module around an already quantized weight, which it shares."""
+        """A module around an already quantized weight.
+
+        Args:
+            kernel: the weight in the kernel layout, if it was derived before; else it is derived here.
+        """
         n, k = packed.shape
         module = cls(k, n, bias is not None, scheme, device="meta", dtype=dtype)
-        module.weight_packed, module.weight_scale = packed.qdata, packed.scale
+        module._hold(packed, kernel)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        module._derive_kernel_weight()
         return module
 
     @classmethod
@@ -96,47 +96,58 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The stored integers, [N, K] int8: code that asks a linear layer's weight for its device or type gets an
-        answer, code that would compute with it fails instead of computing with integers. The weight itself is
+        """A stand-in of zeros with the weight's shape and device and type int8: code that asks a linear layer's weight
+        for these gets an answer at no cost, code that would multiply by it fails. The weight itself is
         `packed.dequantize()`."""
-        return self.weight_packed
+        return torch.zeros((), dtype=torch.int8, device=self._device()).expand(self.out_features, self.in_features)
 
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight in its storage layout; shares memory with the module."""
-        return PackedWeight(self.weight_packed, self.weight_scale, (self.out_features, self.in_features))
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: [..., K] float32, bfloat16 or float16. Returns [..., N] in its type."""
-        return int8_linear(
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input: [..., K] float32, bfloat16 or float16. residual: [..., N] in its type, added to the result, or None.
+        Returns [..., N] in the input's type."""
+        if input.shape[-1:] != (self.in_features,):  # the kernel layout alone, being padded, could not tell
+            raise ValueError(message("QuantizedLinear", "input", list(input.shape), f"[..., {self.in_features}]"))
+        if self.scheme.weights.bits > 4:
+            assert self._act_bits is not None
+            assert self.scale is not None
+            return int8_linear(
+                input,
+                self.qdata,
+                self.scale,
+                self.bias,
+                self.kernel_weight,
+                self._act_bits,
+                self._act_symmetric,
+                self.activation,
+                residual=residual,
+            )
+        scale, zero_point, group_size = self._int4_parts()
+        return int4_linear(
             input,
-            self.weight_packed,
-            self.weight_scale,
+            self.qdata,
+            scale,
+            zero_point,
             self.bias,
             self.kernel_weight,
+            group_size,
             self._act_bits,
             self._act_symmetric,
             self.activation,
+            residual=residual,
         )
+
+    def _int4_parts(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Scales, zero points and group size; of what the kernel layout holds itself, shapes and types alone."""
+        args = self.scheme.weights
+        group_size = args.group_size or max(self.in_features, 1)
+        if self.kernel_weight is None:
+            assert self.scale is not None
+            return self.scale, self.zero_point, group_size
+        groups = (self.out_features, -(-self.in_features // group_size))
+        like = self.kernel_weight.new_empty(1, dtype=getattr(torch, args.scale_dtype)).expand(groups)
+        zero_point = None if args.symmetric else self.kernel_weight.new_empty(1, dtype=torch.uint8).expand(groups)
+        return like, zero_point, group_size
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", scheme={self.scheme.name}"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
-
-    def _derive_kernel_weight(self) -> None:
-        on_cpu = self.weight_packed.device.type == "cpu"
-        self.kernel_weight = int8_prepack(self.weight_packed) if on_cpu else None
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
-        # .half() and .bfloat16() must not round the scales, and the kernel layout belongs to one device.
-        scale, self.kernel_weight = self.weight_scale, None
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self._derive_kernel_weight()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._derive_kernel_weight()

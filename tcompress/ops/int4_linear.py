@@ -8,7 +8,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.int4_prepack import check_weight
+from tcompress.ops.int4_prepack import check_weight, kernel_bytes
 from tcompress.ops.int4_unpack import reference as unpack
 from tcompress.ops.int8_linear import check_activation, check_bias, check_residual, finish
 from tcompress.packing.int4 import unpack_int4
@@ -45,7 +45,8 @@ def int4_linear(
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides.
         weight: [N, ceil(K/2)] uint8, from `packing.pack_int4`; None where kernel_weight is given.
-        weight_scale: [N, ceil(K/g)] float16 or float32.
+        weight_scale: [N, ceil(K/g)] float16 or float32. Where kernel_weight is given, which has the scales and zero
+            points in it, only the shapes and types of these two count.
         zero_point: [N, ceil(K/g)] uint8, 0 to 15; None: 8 everywhere.
         bias: [N], any float type, or None.
         kernel_weight: the result of `int4_prepack`; without it a CPU kernel rearranges the weight each time.
@@ -68,6 +69,12 @@ def int4_linear(
         raise TypeError(message(op, "weight", "None", "uint8", "only a kernel_weight can take its place"))
     check_weight(op, weight, weight_scale, zero_point, x.shape[-1], group_size)
     n = weight_scale.shape[0]
+    if weight is None and kernel_weight is not None:
+        size = kernel_bytes(n, x.shape[-1], group_size, weight_scale.element_size(), zero_point is not None)
+        if kernel_weight.shape != (size,):
+            raise ValueError(
+                message(op, "x, kernel_weight", f"{list(x.shape)}, {list(kernel_weight.shape)}", f"[..., K], [{size}]")
+            )
     check_bias(op, bias, n)
     if act_bits is not None:
         per_token.check_bits(act_bits, 8 if act_symmetric else 7, op, "act_bits")
@@ -109,7 +116,10 @@ def reference(
     n, k = weight_scale.shape[0], x.shape[-1]
     if weight is None:
         assert kernel_weight is not None
-        weight = unpack(kernel_weight, n, k, group_size, weight_scale.dtype, zero_point is not None)[0]
+        weight, weight_scale, zeros = unpack(
+            kernel_weight, n, k, group_size, weight_scale.dtype, zero_point is not None
+        )
+        zero_point = None if zero_point is None else zeros
     q = unpack_int4(weight, k).int()
     a, scale = x.float(), torch.ones((), device=x.device)
     if act_bits is not None:
@@ -157,7 +167,11 @@ def flops(x: torch.Tensor, weight: torch.Tensor | None, weight_scale: torch.Tens
 
 
 def nbytes(
-    x: torch.Tensor, weight: torch.Tensor | None, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, *args: object
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    *args: object,
 ) -> int:
     n, k = weight_scale.shape[0], x.shape[-1]
     zeros = 0 if zero_point is None else zero_point.nbytes

@@ -110,9 +110,7 @@ def flops(weight: torch.Tensor, *args: object) -> int:
     return 0
 
 
-def nbytes(
-    weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, *args: object
-) -> int:
+def nbytes(weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, *args: object) -> int:
     return 2 * (weight.nbytes + weight_scale.nbytes + (0 if zero_point is None else zero_point.nbytes))
 
 

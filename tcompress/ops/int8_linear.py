@@ -9,6 +9,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
 from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops.int8_prepack import kernel_bytes
 from tcompress.ops.int8_unpack import reference as unpack
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -96,6 +97,9 @@ def _check(
         raise ValueError(message(op, "x, weight", f"{list(x.shape)}, {list(weight.shape)}", "[..., K], [N, K]"))
     k = x.shape[-1]
     n = weight.shape[0] if weight is not None else weight_scale.numel()
+    if weight is None and kernel_weight is not None and kernel_weight.numel() != kernel_bytes(n, k):
+        got = f"{list(x.shape)}, {list(kernel_weight.shape)}"
+        raise ValueError(message(op, "x, kernel_weight", got, f"[..., K], [{kernel_bytes(n, k)}] for N={n}, K={k}"))
     if k > MAX_K:
         raise ValueError(message(op, "K", k, f"at most {MAX_K}", "a longer sum could leave int32"))
     if weight_scale.dtype != torch.float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +24,19 @@ class PerToken(BaseModel):
     kind: Literal["per_token"] = "per_token"
 
 
-Granularity = Annotated[PerChannel | PerToken, Field(discriminator="kind")]
+class PerGroup(BaseModel):
+    """One scale for `size` neighbours along K: a weight [N, K] has scales [N, ceil(K/size)].
+
+    Attributes:
+        size: 32, 64, 128, 256 or 512.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["per_group"] = "per_group"
+    size: Literal[32, 64, 128, 256, 512] = 128
+
+
+Granularity = Annotated[PerChannel | PerToken | PerGroup, Field(discriminator="kind")]
 
 
 class QuantArgs(BaseModel):
@@ -34,6 +47,7 @@ class QuantArgs(BaseModel):
         symmetric: without a zero point.
         granularity: what shares a scale.
         dynamic: the scale is computed from each input, not fixed in advance.
+        scale_dtype: type in which scales are stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,12 +55,19 @@ class QuantArgs(BaseModel):
     symmetric: bool = True
     granularity: Granularity = PerChannel()
     dynamic: bool = False
+    scale_dtype: Literal["float16", "float32"] = "float32"
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale along K, or None where all of K does."""
+        return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
 
 class Scheme(BaseModel):
     """Weights and activations together. `activations=None` is weight-only: activations stay in floating point.
 
-    Written W8A8, W8A7, … : bits of the weights, bits of the activations. By name, 8-bit activations are symmetric and
+    Written W8A8, W8A7, W4A8-g32 … : bits of the weights, bits of the activations, weights that share a scale; "-asym"
+    where the weights have zero points. By name, 8-bit activations are symmetric and
     7-bit ones asymmetric: on processors without a wide dot product, 7 unsigned bits are what an exact multiply-add of
     bytes can take, and a zero point gives the lost bit back where activations are one-sided.
 
@@ -61,8 +82,11 @@ class Scheme(BaseModel):
     @model_validator(mode="after")
     def _computable(self) -> Scheme:
         w, a = self.weights, self.activations
-        if not w.symmetric or w.dynamic or w.granularity.kind != "per_channel":
-            raise ValueError(message("Scheme", "weights", w, "symmetric, static, per channel"))
+        if w.dynamic or w.granularity.kind == "per_token":
+            raise ValueError(message("Scheme", "weights", w, "static, per channel or per group"))
+        if w.bits > 4 and (not w.symmetric or w.granularity.kind != "per_channel" or w.scale_dtype != "float32"):
+            hint = "groups, zero points and float16 scales need 4 bits or fewer"
+            raise ValueError(message("Scheme", "weights", w, "symmetric, per channel, float32 scales", hint))
         if a is None:
             return self
         if not a.dynamic or a.granularity.kind != "per_token":
@@ -75,7 +99,9 @@ class Scheme(BaseModel):
     @property
     def name(self) -> str:
         """W8A8 and so on; an activation that is not quantized is written A16, as usual in the field."""
-        return f"W{self.weights.bits}A{self.activations.bits if self.activations else 16}"
+        text = f"W{self.weights.bits}A{self.activations.bits if self.activations else 16}"
+        text += f"-g{self.weights.group_size}" if self.weights.group_size else ""
+        return text if self.weights.symmetric else f"{text}-asym"
 
     @classmethod
     def named(cls, name: str) -> Scheme:
@@ -93,10 +119,24 @@ def _activations(bits: int, symmetric: bool) -> QuantArgs:
     return QuantArgs(bits=bits, symmetric=symmetric, granularity=PerToken(), dynamic=True)
 
 
+_A8, _A7 = _activations(8, symmetric=True), _activations(7, symmetric=False)
+
+
+def _int4_schemes() -> Iterator[Scheme]:
+    granularities: tuple[Granularity, ...] = (PerChannel(), PerGroup(size=32), PerGroup(size=64), PerGroup(size=128))
+    for granularity in granularities:
+        for symmetric in (True, False):
+            scale_dtype: Literal["float16", "float32"] = "float16" if granularity.kind == "per_group" else "float32"
+            w = QuantArgs(bits=4, symmetric=symmetric, granularity=granularity, scale_dtype=scale_dtype)
+            for a in (_A8, _A7, None):
+                yield Scheme(weights=w, activations=a)
+
+
 #: Schemes by name.
 SCHEMES: dict[str, Scheme] = {
-    "W8A8": Scheme(weights=_weights(8), activations=_activations(8, symmetric=True)),
-    "W8A7": Scheme(weights=_weights(8), activations=_activations(7, symmetric=False)),
-    "W7A7": Scheme(weights=_weights(7), activations=_activations(7, symmetric=False)),
+    "W8A8": Scheme(weights=_weights(8), activations=_A8),
+    "W8A7": Scheme(weights=_weights(8), activations=_A7),
+    "W7A7": Scheme(weights=_weights(7), activations=_A7),
+    "W6A7": Scheme(weights=_weights(6), activations=_A7),
     "W8A16": Scheme(weights=_weights(8)),
-}
+} | {scheme.name: scheme for scheme in _int4_schemes()}

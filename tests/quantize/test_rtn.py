@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.packing import unpack_int4
+from tcompress.quantize import PerGroup, QuantArgs, round_to_nearest
 
 #: Quotients are float32: near an integer and a half, one of at most 127 is off by half a unit in its last place.
 QUOTIENT_ERROR = 127 * 2.0**-24
@@ -14,6 +15,13 @@ QUOTIENT_ERROR = 127 * 2.0**-24
 
 def gaussian(n, k, seed=0, dtype=torch.float32):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def integers(packed):
+    """The signed integers of a symmetric weight, from either layout."""
+    if packed.layout == "dense":
+        return packed.qdata
+    return (unpack_int4(packed.qdata, packed.shape[1]).int() - 8).to(torch.int8)
 
 
 def oracle(weight, bits):
@@ -37,13 +45,13 @@ def test_against_float64(shape, bits, dtype):
     weight = gaussian(*shape, dtype=dtype)
     packed = round_to_nearest(weight, QuantArgs(bits=bits))
     scale, quotient = oracle(weight.float(), bits)
-    assert packed.qdata.dtype == torch.int8
     assert packed.scale.dtype == torch.float32
-    assert (packed.shape, packed.layout) == (shape, "dense")
-    assert packed.qdata.shape == shape
-    assert packed.scale.shape == shape[:1]
-    np.testing.assert_allclose(packed.scale.double().numpy(), scale, rtol=2.0**-24)
-    q = packed.qdata.double().numpy()
+    assert (packed.shape, packed.layout) == (shape, "dense" if bits > 4 else "int4")
+    assert packed.qdata.dtype == (torch.int8 if bits > 4 else torch.uint8)
+    assert packed.qdata.shape == (shape if bits > 4 else (shape[0], (shape[1] + 1) // 2))
+    assert packed.scale.shape == (shape[:1] if bits > 4 else (shape[0], 1))
+    np.testing.assert_allclose(packed.scale.double().numpy().reshape(-1), scale, rtol=2.0**-24)
+    q = integers(packed).double().numpy()
     # The nearest integer; either one where float32 cannot tell which is nearer.
     assert (np.abs(q - quotient) <= 0.5 + 2 * QUOTIENT_ERROR).all()
     assert (q == np.rint(quotient)).mean() > 0.999
@@ -52,9 +60,10 @@ def test_against_float64(shape, bits, dtype):
 @pytest.mark.parametrize(("bits", "q_max"), [(8, 127), (7, 63), (4, 7), (2, 1)])
 def test_range(bits, q_max):
     packed = round_to_nearest(gaussian(50, 200), QuantArgs(bits=bits))
-    assert packed.qdata.abs().amax(1).eq(q_max).all()
-    assert packed.qdata.min() == -q_max
-    assert packed.qdata.max() == q_max
+    q = integers(packed)
+    assert q.abs().amax(1).eq(q_max).all()
+    assert q.min() == -q_max
+    assert q.max() == q_max
 
 
 def test_half_to_even():
@@ -164,10 +173,76 @@ def test_error_is_at_most_half_a_step(data):
     rows = data.draw(st.lists(st.lists(numbers, min_size=k, max_size=k), min_size=n, max_size=n))
     weight = torch.tensor(rows, dtype=torch.float32)
     packed = round_to_nearest(weight, QuantArgs(bits=bits))
-    scale = packed.scale.double()[:, None]
-    error = (packed.qdata.double() * scale - weight.double()).abs()
+    scale = packed.scale.double().view(n, 1)
+    q = integers(packed)
+    error = (q.double() * scale - weight.double()).abs()
     assert (error <= scale * (0.5 + 2 * QUOTIENT_ERROR)).all()
-    assert packed.qdata.abs().max() <= 2 ** (bits - 1) - 1
+    assert q.abs().max() <= 2 ** (bits - 1) - 1
+
+
+# ---- groups, zero points, float16 scales: layout "int4" -------------------------------------------------------------
+
+
+def grouped_oracle(weight, args):
+    """The formula of the docstring, group by group, in float64, with the scales that were stored."""
+    w, k = weight.double(), weight.shape[1]
+    size = args.group_size or k
+    q_max = 7 if args.symmetric else 15
+    for g in range(0, k, size):
+        part = w[:, g : g + size]
+        lo, hi = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+        yield slice(g, g + size), lo, (torch.maximum(-lo, hi) if args.symmetric else hi - lo) / q_max
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [32, 64, 128, None])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 33), (3, 200), (16, 256)])
+def test_groups_against_float64(shape, size, symmetric, scale_dtype):
+    granularity = {"granularity": PerGroup(size=size)} if size else {}
+    args = QuantArgs(bits=4, symmetric=symmetric, scale_dtype=scale_dtype, **granularity)
+    weight = gaussian(*shape) + (0 if symmetric else 0.5)
+    packed = round_to_nearest(weight, args)
+    n, k = shape
+    assert packed.layout == "int4"
+    assert packed.qdata.shape == (n, (k + 1) // 2)
+    assert packed.scale.dtype == getattr(torch, scale_dtype)
+    assert packed.scale.shape == (n, -(-k // (size or k)))
+    assert (packed.zero_point is None) == symmetric
+    q = unpack_int4(packed.qdata, k).double()
+    rounding = 2.0**-11 if scale_dtype == "float16" else 2.0**-23
+    for i, (columns, lo, exact) in enumerate(grouped_oracle(weight, args)):
+        scale = packed.scale[:, i].double()
+        torch.testing.assert_close(scale, exact, rtol=rounding, atol=2.0**-15)
+        zero = torch.full((n,), 8.0) if symmetric else packed.zero_point[:, i].double()
+        if not symmetric:
+            assert ((zero + lo / scale).abs() <= 0.5 + 1e-5).all()
+        ideal = weight[:, columns].double() / scale[:, None] + zero[:, None].double()
+        limits = (1, 15) if symmetric else (0, 15)
+        assert ((q[:, columns] - ideal.clamp(*limits)).abs() <= 0.5 + 1e-5).all()
+    assert (packed.dequantize().double() - weight.double()).abs().max() <= 0.6 * packed.scale.double().max()
+
+
+def test_smaller_groups_and_zero_points_lose_less():
+    weight = gaussian(64, 512).abs() * torch.linspace(0.1, 2, 512)
+    losses = []
+    for size, symmetric in ((128, True), (32, True), (32, False)):
+        args = QuantArgs(bits=4, symmetric=symmetric, granularity=PerGroup(size=size), scale_dtype="float16")
+        losses.append(float((round_to_nearest(weight, args).dequantize() - weight).norm()))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_float16_scales_that_are_too_large():
+    args = QuantArgs(bits=4, scale_dtype="float16")
+    with pytest.raises(ValueError, match=r"round_to_nearest: weight: got a scale of .*, expected at most 65504; use"):
+        round_to_nearest(torch.full((2, 3), 1e6), args)
+
+
+def test_zero_groups_with_float16_scales():
+    args = QuantArgs(bits=4, granularity=PerGroup(size=32), scale_dtype="float16")
+    packed = round_to_nearest(torch.zeros(2, 64), args)
+    assert (packed.scale > 0).all()
+    assert packed.dequantize().eq(0).all()
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,11 +2,18 @@ import pytest
 from pydantic import ValidationError
 
 from tcompress import QuantArgs, Scheme
-from tcompress.quantize import SCHEMES, PerChannel, PerToken
+from tcompress.quantize import SCHEMES, PerChannel, PerGroup, PerToken
 
 WEIGHTS = QuantArgs(bits=8)
 #: By name: bits of the weights, bits and symmetry of the activations.
-TABLE = {"W8A8": (8, 8, True), "W8A7": (8, 7, False), "W7A7": (7, 7, False), "W8A16": (8, None, None)}
+TABLE = {
+    "W8A8": (8, 8, True),
+    "W8A7": (8, 7, False),
+    "W7A7": (7, 7, False),
+    "W6A7": (6, 7, False),
+    "W8A16": (8, None, None),
+}
+INT4 = [f"W4{a}{g}{z}" for a in ("A8", "A7", "A16") for g in ("", "-g32", "-g64", "-g128") for z in ("", "-asym")]
 
 
 def activations(**changes):
@@ -26,12 +33,26 @@ def test_named(name):
 
 
 def test_the_table_is_complete():
-    assert set(SCHEMES) == set(TABLE)
+    assert set(SCHEMES) == {*TABLE, *INT4}
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_named_int4(name):
+    scheme = Scheme.named(name)
+    _, _, tail = name.partition("-")
+    size = int(tail.removesuffix("-asym").removesuffix("asym").removeprefix("g") or 0)
+    granularity = PerGroup(size=size) if size else PerChannel()
+    scale_dtype = "float16" if size else "float32"
+    symmetric = not name.endswith("asym")
+    assert scheme.name == name
+    assert scheme.weights == QuantArgs(bits=4, symmetric=symmetric, granularity=granularity, scale_dtype=scale_dtype)
+    expected = {"8": activations(), "7": activations(bits=7, symmetric=False), "1": None}[name[3]]
+    assert scheme.activations == expected
 
 
 @pytest.mark.parametrize("name", ["W4A4", "w8a8", "", "W8A8 "])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match=r"Scheme: name: got .*, expected one of \['W7A7', 'W8A16', 'W8A7', 'W8A8'\]"):
+    with pytest.raises(ValueError, match=r"Scheme: name: got .*, expected one of \['W4A16', .*'W7A7', .*'W8A8'\]"):
         Scheme.named(name)
 
 
@@ -41,10 +62,18 @@ def test_name_of_a_scheme_that_has_none_in_the_table():
 
 @pytest.mark.parametrize(
     "weights",
-    [{"symmetric": False}, {"dynamic": True}, {"granularity": PerToken()}],
+    [
+        {"symmetric": False},
+        {"granularity": PerGroup(size=32)},
+        {"scale_dtype": "float16"},
+        {"dynamic": True},
+        {"granularity": PerToken()},
+        {"bits": 4, "dynamic": True},
+        {"bits": 4, "granularity": PerToken()},
+    ],
 )
 def test_weights_that_nothing_computes(weights):
-    with pytest.raises(ValueError, match=r"Scheme: weights: got .*, expected symmetric, static, per channel"):
+    with pytest.raises(ValueError, match=r"Scheme: weights: got .*, expected (static|symmetric), per channel"):
         Scheme(weights=QuantArgs(**weights))
 
 
@@ -71,7 +100,9 @@ def test_bits_out_of_range(bits):
         QuantArgs(bits=bits)
 
 
-@pytest.mark.parametrize("make", [QuantArgs, PerToken, PerChannel, lambda **kw: Scheme(weights=WEIGHTS, **kw)])
+@pytest.mark.parametrize(
+    "make", [QuantArgs, PerToken, PerChannel, PerGroup, lambda **kw: Scheme(weights=WEIGHTS, **kw)]
+)
 def test_unknown_fields(make):
     with pytest.raises(ValueError, match="colour"):
         make(colour="red")
@@ -86,7 +117,7 @@ def test_frozen_and_hashable():
     assert {scheme: 1}[Scheme(weights=QuantArgs(), activations=activations())] == 1
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *INT4])
 def test_json_round_trip(name):
     scheme = Scheme.named(name)
     assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
@@ -96,3 +127,9 @@ def test_granularity_by_kind():
     assert QuantArgs.model_validate({"granularity": {"kind": "per_token"}}).granularity == PerToken()
     with pytest.raises(ValueError, match="per_planet"):
         QuantArgs.model_validate({"granularity": {"kind": "per_planet"}})
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 33, 1024])
+def test_group_sizes_without_a_kernel(size):
+    with pytest.raises(ValueError, match="32, 64, 128, 256 or 512"):
+        PerGroup(size=size)

@@ -1,0 +1,14 @@
+// Small arithmetic on sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace tcompress::cpu {
+namespace {
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+}  // namespace tcompress::cpu
