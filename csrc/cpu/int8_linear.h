@@ -102,6 +102,7 @@ struct Int8LinearPath {
 
 constexpr int kMaxTileRows = 32;
 
-extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni, kInt8LinearAmx;
+extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvxVnni, kInt8LinearAvx512Vnni,
+    kInt8LinearAmx;
 
 }  // namespace tcompress::cpu

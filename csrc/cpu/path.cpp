@@ -40,6 +40,8 @@ std::string missing_feature(Path path) {
     if (!__builtin_cpu_supports("fma")) return "fma";
     if (!__builtin_cpu_supports("f16c")) return "f16c";
   }
+  // Later paths do not build on this one: there are processors with AVX-512 VNNI and without AVX-VNNI.
+  if (path == Path::kAvxVnni && !__builtin_cpu_supports("avxvnni")) return "avxvnni";
   if (path >= Path::kAvx512Vnni) {
     if (!__builtin_cpu_supports("avx512f")) return "avx512f";
     if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";
@@ -88,6 +90,8 @@ const char* path_name(Path path) {
       return "scalar";
     case Path::kAvx2:
       return "avx2";
+    case Path::kAvxVnni:
+      return "avxvnni";
     case Path::kAvx512Vnni:
       return "avx512vnni";
     case Path::kAmx:

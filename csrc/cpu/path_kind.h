@@ -6,6 +6,6 @@
 namespace tcompress::cpu {
 
 // In ascending order of preference.
-enum class Path : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3 };
+enum class Path : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
 
 }  // namespace tcompress::cpu

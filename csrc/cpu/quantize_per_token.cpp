@@ -14,6 +14,7 @@ QuantizeRow quantize_row_for(Path path) {
   switch (path) {
 #if defined(__x86_64__)
     case Path::kAvx2:
+    case Path::kAvxVnni:
       return quantize_row_avx2;
     case Path::kAvx512Vnni:
     case Path::kAmx:

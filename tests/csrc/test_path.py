@@ -12,6 +12,7 @@ from tcompress._extension import C
 NEEDS = {
     "scalar": set(),
     "avx2": {"avx2", "fma", "f16c"},
+    "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
 }
 NEEDS["amx"] = NEEDS["avx512vnni"] | {"amx_tile", "amx_int8"}
