@@ -1,9 +1,9 @@
 """Which backend runs an op, and why.
 
 Python picks the *backend* (`reference`, `cpu`, `triton`, `cuda`); the C++ extension picks the *path* of the CPU backend
-(`scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx`; `neon`). Both can be forced, by `use_backend` and `use_cpu_path` or by
-the environment (`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken. A forced backend that
-cannot run raises. The automatic choice skips a kernel only for a reason that the kernel declared.
+(`scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx`; on ARM `neon`). Both can be forced, by `use_backend` and
+`use_cpu_path` or by the environment (`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken.
+A forced backend that cannot run raises. The automatic choice skips a kernel only for a reason that the kernel declared.
 """
 
 from __future__ import annotations

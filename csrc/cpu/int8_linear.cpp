@@ -39,6 +39,9 @@ const Int8LinearPath& path_table(Path path) {
       return kInt8LinearAvx512Vnni;
     case Path::kAmx:
       return kInt8LinearAmx;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return kInt8LinearNeon;
 #endif
     default:
       return kInt8LinearScalar;

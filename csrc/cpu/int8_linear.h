@@ -103,6 +103,6 @@ struct Int8LinearPath {
 constexpr int kMaxTileRows = 32;
 
 extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvxVnni, kInt8LinearAvx512Vnni,
-    kInt8LinearAmx;
+    kInt8LinearAmx, kInt8LinearNeon;
 
 }  // namespace tcompress::cpu

@@ -19,6 +19,9 @@ QuantizeRow quantize_row_for(Path path) {
     case Path::kAvx512Vnni:
     case Path::kAmx:
       return quantize_row_avx512;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return quantize_row_neon;
 #endif
     default:
       return quantize_row_scalar;
