@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from kernel_build import CPU, FLAGS, HERE, KERNELS, compile_all, host_compiler, link
@@ -25,14 +26,29 @@ def _check(done: subprocess.CompletedProcess[str], paths: list[str]) -> None:
     assert " 0 failures" in done.stdout
 
 
-def test_vnni_without_vnni(tmp_path):
+@pytest.fixture(scope="module")
+def simde() -> list[str]:
+    """Flags with which the compiler takes SIMDe's intrinsics for its own."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the other files of these paths' build are x86's")
-    compiler = host_compiler()
+        pytest.skip("the rest of these builds is x86's")
     header = "#include <simde/x86/avx512.h>"
-    probe = subprocess.run([compiler, "-E", "-x", "c++", "-"], input=header, capture_output=True, text=True)
-    if probe.returncode != 0:
+    probe = [host_compiler(), "-E", "-x", "c++", "-"]
+    if subprocess.run(probe, input=header, capture_output=True, text=True).returncode != 0:
         pytest.skip("SIMDe is not installed (Debian: libsimde-dev)")
+    return ["-I", str(HERE / "simde")]
+
+
+def _build_conversions(compiler: str, headers: dict[str, str], flags: list[str], folder: Path) -> str:
+    """`headers`: the header of each vector class by the name that conversions_test.cpp gives it."""
+    objects = compile_all(compiler, [HERE / "conversions_test.cpp"], FLAGS, folder)
+    for name, header in headers.items():
+        defined = [f"-DCONVERSIONS={name}", f'-DVEC_HEADER="{header}"']
+        objects += compile_all(compiler, [HERE / "conversions.cpp"], [*flags, *defined], folder / name)
+    return link(compiler, objects, [*FLAGS, "-static"], folder / "conversions_test")
+
+
+def test_vnni_without_vnni(simde, tmp_path):
+    compiler = host_compiler()
     flags = [*FLAGS, "-O0"]  # SIMDe's AVX-512 takes the optimizer longer than the test
     emulated = []
     for name in EMULATED:
@@ -42,7 +58,7 @@ def test_vnni_without_vnni(tmp_path):
         emulated.append(tmp_path / f"{name}.cpp")
         emulated[-1].write_text("".join(kept))
     rest = [source for source in KERNELS if source.stem not in (*EMULATED, "path")]
-    objects = compile_all(compiler, emulated, [*flags, "-I", str(HERE / "simde")], tmp_path)
+    objects = compile_all(compiler, emulated, [*flags, *simde], tmp_path)
     code = subprocess.run(["objdump", "-d", *objects], capture_output=True, text=True, check=True).stdout
     assert "%xmm" in code
     assert "%ymm" not in code
@@ -52,6 +68,14 @@ def test_vnni_without_vnni(tmp_path):
     program = link(compiler, objects, flags, tmp_path / "kernels_test")
     paths = ["avxvnni", "avx512vnni"]
     _check(subprocess.run([program, "--few", *paths], capture_output=True, text=True), paths)
+
+
+def test_conversions_without_avx(simde, tmp_path):
+    headers = {"kScalar": "vec_scalar.h", "kAvx2": "vec_avx2.h", "kAvx512Vnni": "vec_avx512.h"}
+    program = _build_conversions(host_compiler(), headers, [*FLAGS, "-O1", *simde], tmp_path)
+    done = subprocess.run([program, "avx2", "avx512vnni"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("checked ") == 2
 
 
 # ---- ARM ------------------------------------------------------------------------------------------------------------
@@ -110,12 +134,7 @@ def test_detection_on_arm(arm, tmp_path):
 
 def test_conversions_on_arm(arm, tmp_path):
     compiler, run = arm
-    flags = [*FLAGS, "-static"]
-    objects = compile_all(compiler, [HERE / "conversions_test.cpp"], FLAGS, tmp_path)
-    for name, header in (("kScalar", "vec_scalar.h"), ("kNeon", "vec_neon.h")):
-        defined = [f"-DCONVERSIONS={name}", f'-DVEC_HEADER="{header}"']
-        objects += compile_all(compiler, [HERE / "conversions.cpp"], [*FLAGS, *defined], tmp_path / name)
-    program = link(compiler, objects, flags, tmp_path / "conversions_test")
+    program = _build_conversions(compiler, {"kScalar": "vec_scalar.h", "kNeon": "vec_neon.h"}, FLAGS, tmp_path)
     done = run(WITH_DOT_PRODUCT, program, "scalar", "neon")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("checked ") == 2
