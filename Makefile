@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
 .PHONY: help install demo test test-all lint format bench clean
 

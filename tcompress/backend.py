@@ -1,9 +1,9 @@
 """Which backend runs an op, and why.
 
 Python picks the *backend* (`reference`, `cpu`, `triton`, `cuda`); the C++ extension picks the *path* of the CPU backend
-(`scalar`, `avx2`, `avx512vnni`, `amx`). Both can be forced, by `use_backend` and `use_cpu_path` or by the environment
-(`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken. A forced backend that cannot run
-raises. The automatic choice skips a kernel only for a reason that the kernel declared.
+(`scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx`; on ARM `neon`). Both can be forced, by `use_backend` and
+`use_cpu_path` or by the environment (`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken.
+A forced backend that cannot run raises. The automatic choice skips a kernel only for a reason that the kernel declared.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def use_cpu_path(name: str | None) -> Iterator[None]:
-    """Forces a path of the CPU kernels (`scalar`, `avx2`, `avx512vnni`, `amx`) inside the `with` block, in all threads.
+    """Forces a path of the CPU kernels (`avx2`, `neon`, …: `tcompress info`) inside the `with` block, in all threads.
 
     Raises:
         ValueError: unknown name. RuntimeError: this processor lacks the instructions, or the extension is not built.

@@ -21,6 +21,7 @@ const Int4LinearPath& path_table(Path path) {
   switch (path) {
 #if defined(__x86_64__)
     case Path::kAvx2:
+    case Path::kAvxVnni:
       return kInt4LinearAvx2;
     case Path::kAvx512Vnni:
       return kInt4LinearAvx512Vnni;

@@ -21,10 +21,15 @@ const Int8LinearPath& path_table(Path path) {
 #if defined(__x86_64__)
     case Path::kAvx2:
       return kInt8LinearAvx2;
+    case Path::kAvxVnni:
+      return kInt8LinearAvxVnni;
     case Path::kAvx512Vnni:
       return kInt8LinearAvx512Vnni;
     case Path::kAmx:
       return kInt8LinearAmx;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return kInt8LinearNeon;
 #endif
     default:
       return kInt8LinearScalar;

@@ -103,6 +103,7 @@ struct Int8LinearPath {
   void (*(*epilogue)(Activation, DType))(const EpilogueArgs&);
 };
 
-extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvx512Vnni, kInt8LinearAmx;
+extern const Int8LinearPath kInt8LinearScalar, kInt8LinearAvx2, kInt8LinearAvxVnni, kInt8LinearAvx512Vnni,
+    kInt8LinearAmx, kInt8LinearNeon;
 
 }  // namespace tcompress::cpu

@@ -7,19 +7,10 @@
 #include <cstdint>
 
 #include "int8_linear.h"
+#include "int8_panel_tile.h"
 
 namespace tcompress::cpu {
 namespace {
-
-struct PanelTileArgs {
-  const uint8_t* a;
-  int64_t a_stride;
-  const int8_t* weights;  // the panel's part of the group's first step
-  int64_t step_bytes;
-  int64_t steps;
-  int32_t* acc;
-  int64_t acc_stride;
-};
 
 constexpr int kHalf = 32;  // bytes of one ymm: 8 outputs x 4 k's
 

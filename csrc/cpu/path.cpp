@@ -9,6 +9,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace tcompress::cpu {
 namespace {
@@ -16,6 +19,8 @@ namespace {
 constexpr int kAutomatic = -1;
 
 #if defined(__x86_64__)
+constexpr bool built(Path path) { return path != Path::kNeon; }
+
 // Linux keeps the tile registers for processes that ask for them, once for all threads.
 bool has_amx_int8() {
 #if defined(__linux__)
@@ -40,6 +45,8 @@ std::string missing_feature(Path path) {
     if (!__builtin_cpu_supports("fma")) return "fma";
     if (!__builtin_cpu_supports("f16c")) return "f16c";
   }
+  // Later paths do not build on this one: there are processors with AVX-512 VNNI and without AVX-VNNI.
+  if (path == Path::kAvxVnni && !__builtin_cpu_supports("avxvnni")) return "avxvnni";
   if (path >= Path::kAvx512Vnni) {
     if (!__builtin_cpu_supports("avx512f")) return "avx512f";
     if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";
@@ -50,6 +57,23 @@ std::string missing_feature(Path path) {
   if (path >= Path::kAmx && !has_amx_int8()) return "amx_int8, or Linux does not grant its tiles";
   return "";
 }
+#elif defined(__aarch64__)
+constexpr bool built(Path path) { return path == Path::kNeon; }
+
+std::string missing_feature(Path) {
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP, which old headers do not name
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0 ? "" : "asimddp";
+#elif defined(__APPLE__)
+  return "";  // since Apple's first processor for the Mac
+#else
+  return "asimddp in a way that is known here";
+#endif
+}
+#else
+constexpr bool built(Path) { return false; }
+
+std::string missing_feature(Path) { return ""; }
 #endif
 
 Path parse(const std::string& name) {
@@ -88,22 +112,24 @@ const char* path_name(Path path) {
       return "scalar";
     case Path::kAvx2:
       return "avx2";
+    case Path::kAvxVnni:
+      return "avxvnni";
     case Path::kAvx512Vnni:
       return "avx512vnni";
     case Path::kAmx:
       return "amx";
+    case Path::kNeon:
+      return "neon";
   }
   return "unknown";
 }
 
 std::string why_not_usable(Path path) {
   if (path == Path::kScalar) return "";
-#if defined(__x86_64__)
+  if (!built(path))
+    return std::string("not built: the compiler does not target ") + (path == Path::kNeon ? "AArch64" : "x86-64");
   const std::string feature = missing_feature(path);
   return feature.empty() ? "" : "this processor does not report " + feature;
-#else
-  return "not built: the compiler does not target x86-64";
-#endif
 }
 
 std::vector<Path> usable_paths() {

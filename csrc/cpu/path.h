@@ -11,7 +11,7 @@
 
 namespace tcompress::cpu {
 
-constexpr Path kAllPaths[] = {Path::kScalar, Path::kAvx2, Path::kAvx512Vnni, Path::kAmx};
+constexpr Path kAllPaths[] = {Path::kScalar, Path::kAvx2, Path::kAvxVnni, Path::kAvx512Vnni, Path::kAmx, Path::kNeon};
 
 const char* path_name(Path path);
 

@@ -5,7 +5,7 @@
 
 namespace tcompress::cpu {
 
-// In ascending order of preference.
-enum class Path : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3 };
+// In ascending order of preference; no processor has both x86's paths and ARM's.
+enum class Path : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4, kNeon = 5 };
 
 }  // namespace tcompress::cpu

@@ -14,10 +14,14 @@ QuantizeRow quantize_row_for(Path path) {
   switch (path) {
 #if defined(__x86_64__)
     case Path::kAvx2:
+    case Path::kAvxVnni:
       return quantize_row_avx2;
     case Path::kAvx512Vnni:
     case Path::kAmx:
       return quantize_row_avx512;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return quantize_row_neon;
 #endif
     default:
       return quantize_row_scalar;

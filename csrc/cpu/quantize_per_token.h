@@ -28,6 +28,7 @@ using QuantizeRow = void (*)(const QuantizeRowArgs&);
 void quantize_row_scalar(const QuantizeRowArgs& args);
 void quantize_row_avx2(const QuantizeRowArgs& args);
 void quantize_row_avx512(const QuantizeRowArgs& args);
+void quantize_row_neon(const QuantizeRowArgs& args);
 
 QuantizeRow quantize_row_for(Path path);
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-extern const Conversions kScalar, kAvx2, kAvx512Vnni;
+extern const Conversions kScalar, kAvx2, kAvx512Vnni, kNeon;
 
 namespace {
 
@@ -137,8 +137,12 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string path = argv[i];
     if (path == "scalar") check_path(path, kScalar);
+#if defined(__aarch64__)
+    if (path == "neon") check_path(path, kNeon);
+#elif defined(__x86_64__)
     if (path == "avx2") check_path(path, kAvx2);
     if (path == "avx512vnni") check_path(path, kAvx512Vnni);  // AMX has the same epilogue
+#endif
   }
   std::printf("%lld failures\n", static_cast<long long>(failures));
   return failures == 0 ? 0 : 1;

@@ -1,5 +1,9 @@
 // The torch-free kernels against naive 64-bit loops, every buffer between two pages that may not be touched.
-// Exits with the number of failures; prints each.
+// What is defined bit for bit is compared with the portable path's bits.
+//
+//   kernels_test [--few] [path ...]    --few: a tenth of the shapes, for emulators; paths: all usable ones by default
+//
+// Prints the first failures; exits with 1 after any.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -130,8 +134,41 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
   }
 }
 
+// Any bits as input, among them NaN, infinity, subnormal numbers and -0: the bytes, scales and zero points are the
+// portable path's.
+void run_any_bits(cpu::Path path, cpu::DType dtype, int64_t k, int bits, bool symmetric) {
+  constexpr int64_t kRows = 24;
+  constexpr uint32_t kSpecial[] = {0x00000000, 0x80000000, 0x7f800000, 0xff800000, 0x7fc00000,
+                                   0x00000001, 0x7f7fffff, 0x00018001, 0x7bff7bff, 0x7c007c00};
+  std::mt19937 random(static_cast<unsigned>(k));
+  const int64_t in_word = dtype == cpu::DType::kFloat32 ? 1 : 2;  // elements
+  std::vector<uint32_t> x(kRows * k / in_word);
+  for (int64_t i = 0; i < kRows * k / in_word; ++i) {
+    const int64_t row = i * in_word / k;
+    // The first rows hold numbers of one size, with one special value; then come small ones; then anything.
+    x[i] = (random() & 0x807f807fu) | (row < 16 ? 0x3f003f00u : 0x02000200u);
+    if (row >= 20) x[i] = random();
+  }
+  for (int64_t row = 0; row < 10; ++row) x[(row * k + random() % k) / in_word] = kSpecial[row];
+  std::vector<uint8_t> q[2];
+  std::vector<float> scale[2];
+  std::vector<int32_t> zero_point[2];
+  for (int i = 0; i < 2; ++i) {
+    q[i].resize(kRows * k + 1);
+    scale[i].resize(kRows);
+    zero_point[i].resize(kRows);
+    cpu::force_path(i == 0 ? "scalar" : cpu::path_name(path));
+    cpu::quantize_per_token(
+        {x.data(), dtype, kRows, k, bits, symmetric, q[i].data(), scale[i].data(), zero_point[i].data()}, 1);
+  }
+  const bool same = q[0] == q[1] && zero_point[0] == zero_point[1] &&
+                    std::memcmp(scale[0].data(), scale[1].data(), kRows * sizeof(float)) == 0;
+  check(same, std::string(cpu::path_name(path)) + " any bits, k " + std::to_string(k));
+}
+
 // Every type of x and y, and every activation, between guard pages; the same call on ordinary memory gives the same
-// bytes. Also with a packed weight that holds anything: the result means nothing, but no page is touched.
+// bytes, and so does the portable path where an activation is exact. Also with a packed weight that holds anything: the
+// result means nothing, but no page is touched.
 void run_types(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, bool at_end) {
   constexpr cpu::DType kTypes[] = {cpu::DType::kFloat32, cpu::DType::kBFloat16, cpu::DType::kFloat16,
                                    cpu::DType::kInt32};
@@ -162,6 +199,12 @@ void run_types(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, 
         args.y = plain.data();
         cpu::int8_linear(args, 1);
         check(std::memcmp(y.data(), plain.data(), y_bytes) == 0, "types");
+        if (activation == cpu::Activation::kNone || activation == cpu::Activation::kRelu) {
+          cpu::force_path("scalar");
+          cpu::int8_linear(args, 1);
+          cpu::force_path(cpu::path_name(path));
+          check(std::memcmp(y.data(), plain.data(), y_bytes) == 0, std::string(cpu::path_name(path)) + " bits");
+        }
         args.y = y.data();
         args.kernel_weight = anything.data();
         for (int fill : {0, 1, 255, 256}) {
@@ -173,27 +216,51 @@ void run_types(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, 
   }
 }
 
+void run_path(cpu::Path path, bool few) {
+  using Sizes = std::vector<int64_t>;
+  const Sizes rows = few ? Sizes{1, 3, 6, 17} : Sizes{1, 2, 5, 6, 7, 8, 9, 17, 33};
+  const Sizes columns = few ? Sizes{1, 33, 48, 97} : Sizes{1, 15, 16, 17, 47, 48, 49, 97};
+  const Sizes depths = few ? Sizes{0, 3, 31, 64} : Sizes{0, 1, 3, 4, 5, 31, 64, 131};
+  for (bool symmetric : {true, false}) {
+    for (bool at_end : {true, false}) {
+      for (int64_t m : rows)
+        for (int64_t n : columns)
+          for (int64_t k : depths) run_case(path, m, n, k, symmetric, Fill::kNormal, at_end, 1);
+      for (Fill fill : {Fill::kSmallWeights, Fill::kExtreme, Fill::kZero, Fill::kOutlier})
+        for (int64_t k : {7, 256, 1021}) run_case(path, 9, 50, k, symmetric, fill, at_end, 1);
+      for (int64_t m : few ? Sizes{3} : Sizes{1, 11})
+        for (int64_t n : few ? Sizes{23} : Sizes{1, 23, 48, 113})
+          for (int64_t k : few ? Sizes{9} : Sizes{1, 9, 33, 67}) run_types(path, m, n, k, symmetric, at_end);
+    }
+    for (cpu::DType dtype : {cpu::DType::kFloat32, cpu::DType::kBFloat16, cpu::DType::kFloat16})
+      for (int64_t k : {1, 5, 16, 33, 67, 200})
+        for (int bits : {2, 4, 7, 8}) run_any_bits(path, dtype, k, bits, symmetric);
+    if (few) continue;
+    run_case(path, 150, 33, 1030, symmetric, Fill::kNormal, true, 2);  // several row blocks, two threads
+    run_case(path, 1, 1000, 600, symmetric, Fill::kNormal, true, 2);   // outputs split over threads
+    run_case(path, 70, 97, 600, symmetric, Fill::kSmallWeights, true, 2);
+    run_case(path, 2, 3, cpu::kMaxK, symmetric, Fill::kExtreme, true, 2);  // the largest sums there are
+    run_case(path, 70, 20, 2049, symmetric, Fill::kExtreme, true, 3);
+  }
+}
+
 }  // namespace
 
-int main() {
-  for (cpu::Path path : cpu::usable_paths()) {
-    for (bool symmetric : {true, false}) {
-      for (bool at_end : {true, false}) {
-        for (int64_t m : {1, 2, 5, 6, 7, 8, 9, 17, 33})
-          for (int64_t n : {1, 15, 16, 17, 47, 48, 49, 97})
-            for (int64_t k : {0, 1, 3, 4, 5, 31, 64, 131}) run_case(path, m, n, k, symmetric, Fill::kNormal, at_end, 1);
-        for (Fill fill : {Fill::kSmallWeights, Fill::kExtreme, Fill::kZero, Fill::kOutlier})
-          for (int64_t k : {7, 256, 1021}) run_case(path, 9, 50, k, symmetric, fill, at_end, 1);
-        for (int64_t m : {1, 11})
-          for (int64_t n : {1, 23, 48, 113})
-            for (int64_t k : {1, 9, 33, 67}) run_types(path, m, n, k, symmetric, at_end);
-      }
-      run_case(path, 150, 33, 1030, symmetric, Fill::kNormal, true, 2);  // several row blocks, two threads
-      run_case(path, 1, 1000, 600, symmetric, Fill::kNormal, true, 2);   // outputs split over threads
-      run_case(path, 70, 97, 600, symmetric, Fill::kSmallWeights, true, 2);
-      run_case(path, 2, 3, cpu::kMaxK, symmetric, Fill::kExtreme, true, 2);  // the largest sums there are
-      run_case(path, 70, 20, 2049, symmetric, Fill::kExtreme, true, 3);
-    }
+int main(int argc, char** argv) {
+  bool few = false;
+  std::vector<std::string> names;
+  for (int i = 1; i < argc; ++i) {
+    if (std::string(argv[i]) == "--few")
+      few = true;
+    else
+      names.push_back(argv[i]);
+  }
+  if (names.empty())
+    for (cpu::Path path : cpu::usable_paths()) names.push_back(cpu::path_name(path));
+  for (const std::string& name : names) {
+    cpu::force_path(name);  // throws where it cannot run
+    run_path(cpu::current_path(), few);
+    std::printf("ran %s\n", name.c_str());
   }
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;

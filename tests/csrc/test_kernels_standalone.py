@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-FLAGS = ["-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
+from kernel_build import FLAGS, HERE, KERNELS, compile_all, host_compiler, link
 
 
 @pytest.mark.parametrize(
@@ -17,18 +13,9 @@ FLAGS = ["-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"
     [None, pytest.param("undefined", marks=pytest.mark.slow), pytest.param("address", marks=pytest.mark.slow)],
 )
 def test_between_guard_pages(tmp_path, sanitizer):
-    compiler = shutil.which("g++")
-    assert compiler, "the extension could not have been built without it"
     flags = FLAGS + ([f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else [])
-    sources = [Path(__file__).parent / "kernels_test.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
-    jobs = [
-        subprocess.Popen([compiler, *flags, "-I", str(ROOT / "csrc" / "cpu"), "-c", str(source), "-o", str(target)])
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    assert [job.wait() for job in jobs] == [0] * len(jobs)
-    program = tmp_path / "kernels_test"
-    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True)
+    objects = compile_all(host_compiler(), [HERE / "kernels_test.cpp", *KERNELS], flags, tmp_path)
+    program = link(host_compiler(), objects, flags, tmp_path / "kernels_test")
+    done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "0 failures" in done.stdout
+    assert " 0 failures" in done.stdout

@@ -43,7 +43,7 @@ def probe(tmp_path_factory):
 def test_a_processor_without_a_feature_of_avx2(probe, feature):
     result = probe(feature)
     assert result["scalar"] == ""
-    for path in ("avx2", "avx512vnni", "amx"):
+    for path in ("avx2", "avxvnni", "avx512vnni", "amx"):
         assert result[path] == f"this processor does not report {feature}"
     assert result["current"] == "scalar"
 
@@ -51,19 +51,26 @@ def test_a_processor_without_a_feature_of_avx2(probe, feature):
 @pytest.mark.parametrize("feature", AVX512)
 def test_a_processor_without_a_feature_of_avx512(probe, feature):
     result = probe(feature)
-    assert result["scalar"] == result["avx2"] == ""
+    assert result["scalar"] == result["avx2"] == result["avxvnni"] == ""
     for path in ("avx512vnni", "amx"):
         assert result[path] == f"this processor does not report {feature}"
-    assert result["current"] == "avx2"
+    assert result["current"] == "avxvnni"
+
+
+def test_avxvnni_is_needed_by_no_other_path(probe):
+    result = probe("avxvnni")
+    assert result["avxvnni"] == "this processor does not report avxvnni"
+    assert result["avx2"] == result["avx512vnni"] == ""
+    assert probe("avxvnni avx512f")["current"] == "avx2"
 
 
 def test_a_processor_with_everything(probe):
     result = probe()
-    assert result["scalar"] == result["avx2"] == result["avx512vnni"] == ""
+    assert result["scalar"] == result["avx2"] == result["avxvnni"] == result["avx512vnni"] == ""
     assert result["current"] == ("avx512vnni" if result["amx"] else "amx")
 
 
-@pytest.mark.parametrize("path", ["avx2", "avx512vnni", "amx"])
+@pytest.mark.parametrize("path", ["avx2", "avxvnni", "avx512vnni", "amx"])
 def test_forcing_a_path_that_cannot_run(probe, path):
     result = probe("fma", path)
     assert "current" not in result
