@@ -142,38 +142,116 @@ Tensor int8_unpack(const Tensor& kernel_weight, int64_t n, int64_t k, const std:
   return weight;
 }
 
-Tensor int8_linear(const Tensor& x_in, const std::optional<Tensor>& weight, const Tensor& weight_scale_in,
-                   const std::optional<Tensor>& bias_in, const std::optional<Tensor>& kernel_weight_in,
-                   int64_t act_bits, bool act_symmetric, const std::string& activation,
-                   std::optional<ScalarType> out_dtype, const std::optional<Tensor>& residual_in) {
-  require(x_in.dim() >= 1, "int8_linear: x: expected at least 1 dimension");
-  const int64_t n = weight_scale_in.numel(), k = x_in.size(x_in.dim() - 1);
+void check_act_bits(int64_t bits, bool symmetric) {
+  require(bits >= 2 && bits <= (symmetric ? 8 : 7),
+          "tcompress: act_bits: expected 2 to 8 symmetric or 2 to 7 asymmetric");
+}
+
+// What every part of a multi-linear call shares.
+struct Input {
+  Tensor x;
+  int64_t k, m;
+  Shape shape;  // of the result, but for its last dimension
+  ScalarType y_type;
+
+  Input(const Tensor& x_in, std::optional<ScalarType> out_dtype) : x(dense(x_in)) {
+    require(x.dim() >= 1, "tcompress: x: expected at least 1 dimension");
+    k = x.size(x.dim() - 1);
+    m = rows_of(x);
+    shape = shape_of(x);
+    y_type = out_dtype.value_or(x.scalar_type());
+  }
+
+  Tensor new_output(int64_t n) {
+    shape.back() = n;
+    return torch::stable::new_empty(x, shape, y_type);
+  }
+};
+
+// Tensors that the raw views of an argument struct point into.
+struct Operands {
+  Tensor kernel_weight, weight_scale, y;
+  std::optional<Tensor> bias, residual;
+};
+
+cpu::Int8LinearArgs int8_part(Input& in, const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                              const std::optional<Tensor>& bias, const std::optional<Tensor>& kernel_weight,
+                              int64_t act_bits, bool act_symmetric, Activation activation,
+                              const std::optional<Tensor>& residual, Operands& out) {
+  const int64_t n = weight_scale.numel();
   require(!weight.has_value() || (weight->dim() == 2 && weight->scalar_type() == ScalarType::Char &&
-                                  weight->size(0) == n && weight->size(1) == k),
+                                  weight->size(0) == n && weight->size(1) == in.k),
           "int8_linear: weight: expected int8 [N, K] for x [..., K] and weight_scale [N]");
-  require(weight.has_value() || kernel_weight_in.has_value(), "int8_linear: weight: expected it or kernel_weight");
-  require(act_bits >= 2 && act_bits <= (act_symmetric ? 8 : 7),
-          "int8_linear: act_bits: expected 2 to 8 symmetric or 2 to 7 asymmetric");
-  const Tensor x = dense(x_in);
-  const Tensor weight_scale = dense(weight_scale_in);
+  require(weight.has_value() || kernel_weight.has_value(), "int8_linear: weight: expected it or kernel_weight");
   require(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1,
           "int8_linear: weight_scale: expected float32 [N]");
-  const std::optional<Tensor> bias = float_bias(bias_in, n);
-  const Tensor kernel_weight = kernel_weight_in.has_value() ? *kernel_weight_in : int8_prepack(*weight);
-  const int8_t* packed = int8_kernel_weight(kernel_weight, n, k);
-  const ScalarType y_type = out_dtype.value_or(x.scalar_type());
-  Shape shape = shape_of(x);
-  shape.back() = n;
-  require(y_type != ScalarType::Int || !residual_in.has_value(), "int8_linear: residual: expected none for int32");
-  const std::optional<Tensor> residual = checked_residual(residual_in, shape, y_type);
-  Tensor y = torch::stable::new_empty(x, shape, y_type);
-  cpu::int8_linear({x.data_ptr(), float_dtype(x.scalar_type()), rows_of(x), n, k, packed,
-                    static_cast<const float*>(weight_scale.data_ptr()), data_or_null<float>(bias),
-                    static_cast<int>(act_bits), act_symmetric, parse_activation(activation),
-                    data_or_null<void>(residual), y.data_ptr(),
-                    y_type == ScalarType::Int ? DType::kInt32 : float_dtype(y_type)},
+  check_act_bits(act_bits, act_symmetric);
+  require(in.y_type != ScalarType::Int || !residual.has_value(), "int8_linear: residual: expected none for int32");
+  out.weight_scale = dense(weight_scale);
+  out.bias = float_bias(bias, n);
+  out.kernel_weight = kernel_weight.has_value() ? *kernel_weight : int8_prepack(*weight);
+  const int8_t* packed = int8_kernel_weight(out.kernel_weight, n, in.k);
+  out.y = in.new_output(n);
+  out.residual = checked_residual(residual, in.shape, in.y_type);
+  return {in.x.data_ptr(),
+          float_dtype(in.x.scalar_type()),
+          in.m,
+          n,
+          in.k,
+          packed,
+          static_cast<const float*>(out.weight_scale.data_ptr()),
+          data_or_null<float>(out.bias),
+          static_cast<int>(act_bits),
+          act_symmetric,
+          activation,
+          data_or_null<void>(out.residual),
+          out.y.data_ptr(),
+          in.y_type == ScalarType::Int ? DType::kInt32 : float_dtype(in.y_type)};
+}
+
+Tensor int8_linear(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& kernel_weight, int64_t act_bits,
+                   bool act_symmetric, const std::string& activation, std::optional<ScalarType> out_dtype,
+                   const std::optional<Tensor>& residual) {
+  Input in(x, out_dtype);
+  Operands operands;
+  cpu::int8_linear(int8_part(in, weight, weight_scale, bias, kernel_weight, act_bits, act_symmetric,
+                             parse_activation(activation), residual, operands),
                    threads());
+  return operands.y;
+}
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::vector<std::optional<Tensor>>;
+
+// The results of all parts, or of the first where it is gated by the second.
+Tensors results(const std::vector<Operands>& operands, bool gated) {
+  Tensors y;
+  for (size_t i = 0; i < (gated ? 1 : operands.size()); ++i) y.push_back(operands[i].y);
   return y;
+}
+
+void check_parts(size_t scales, size_t weights, size_t biases, size_t kernel_weights, bool gated) {
+  require(scales >= 1 && weights == scales && biases == scales && kernel_weights == scales && (!gated || scales == 2),
+          "multi_linear: weights: expected lists of one length, at least 1, and 2 where gated");
+}
+
+Tensors int8_multi_linear(const Tensor& x, const MaybeTensors& weights, const Tensors& weight_scales,
+                          const MaybeTensors& biases, const MaybeTensors& kernel_weights, int64_t act_bits,
+                          bool act_symmetric, const std::string& activation, bool gated,
+                          std::optional<ScalarType> out_dtype) {
+  check_parts(weight_scales.size(), weights.size(), biases.size(), kernel_weights.size(), gated);
+  require(!gated || weight_scales[0].numel() == weight_scales[1].numel(), "int8_multi_linear: N: expected it alike");
+  Input in(x, out_dtype);
+  require(in.y_type != ScalarType::Int, "int8_multi_linear: out_dtype: expected a float type");
+  std::vector<Operands> operands(weights.size());
+  std::vector<cpu::Int8LinearArgs> parts;
+  for (size_t i = 0; i < weights.size(); ++i)
+    parts.push_back(int8_part(in, weights[i], weight_scales[i], biases[i], kernel_weights[i], act_bits, act_symmetric,
+                              gated && i == 1 ? Activation::kNone : parse_activation(activation), std::nullopt,
+                              operands[i]));
+  cpu::int8_multi_linear(parts.data(), static_cast<int>(parts.size()), gated, threads());
+  return results(operands, gated);
 }
 
 DType int4_scale_dtype(ScalarType type) {
@@ -243,35 +321,72 @@ std::tuple<Tensor, Tensor, Tensor> int4_unpack(const Tensor& kernel_weight, int6
   return {weight, scale, zero_point};
 }
 
-Tensor int4_linear(const Tensor& x_in, const std::optional<Tensor>& weight, const Tensor& weight_scale,
-                   const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias_in,
-                   const std::optional<Tensor>& kernel_weight_in, int64_t group_size, std::optional<int64_t> act_bits,
-                   bool act_symmetric, const std::string& activation, std::optional<ScalarType> out_dtype,
-                   const std::optional<Tensor>& residual_in) {
-  require(x_in.dim() >= 1, "int4_linear: x: expected at least 1 dimension");
-  const int64_t k = x_in.size(x_in.dim() - 1);
-  const cpu::Int4KernelLayout layout = int4_layout(weight, weight_scale, zero_point, k, group_size);
+cpu::Int4LinearArgs int4_part(Input& in, const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                              const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& kernel_weight, int64_t group_size,
+                              std::optional<int64_t> act_bits, bool act_symmetric, Activation activation,
+                              const std::optional<Tensor>& residual, Operands& out) {
+  const cpu::Int4KernelLayout layout = int4_layout(weight, weight_scale, zero_point, in.k, group_size);
   const int64_t n = weight_scale.size(0);
-  require(weight.has_value() || kernel_weight_in.has_value(), "int4_linear: weight: expected it or kernel_weight");
-  require(!act_bits.has_value() || (*act_bits >= 2 && *act_bits <= (act_symmetric ? 8 : 7)),
-          "int4_linear: act_bits: expected 2 to 8 symmetric, 2 to 7 asymmetric, or none");
-  const Tensor x = dense(x_in);
-  const std::optional<Tensor> bias = float_bias(bias_in, n);
-  const Tensor kernel_weight = kernel_weight_in.has_value()
-                                   ? *kernel_weight_in
-                                   : int4_prepack(*weight, weight_scale, zero_point, k, group_size);
-  const int8_t* packed = int4_kernel_weight(kernel_weight, layout);
-  const ScalarType y_type = out_dtype.value_or(x.scalar_type());
-  Shape shape = shape_of(x);
-  shape.back() = n;
-  const std::optional<Tensor> residual = checked_residual(residual_in, shape, y_type);
-  Tensor y = torch::stable::new_empty(x, shape, y_type);
-  cpu::int4_linear({x.data_ptr(), float_dtype(x.scalar_type()), rows_of(x), n, k, group_size, packed,
-                    int4_scale_dtype(weight_scale.scalar_type()), zero_point.has_value(), data_or_null<float>(bias),
-                    static_cast<int>(act_bits.value_or(0)), act_symmetric, parse_activation(activation),
-                    data_or_null<void>(residual), y.data_ptr(), float_dtype(y_type)},
+  require(weight.has_value() || kernel_weight.has_value(), "int4_linear: weight: expected it or kernel_weight");
+  if (act_bits.has_value()) check_act_bits(*act_bits, act_symmetric);
+  out.bias = float_bias(bias, n);
+  out.kernel_weight =
+      kernel_weight.has_value() ? *kernel_weight : int4_prepack(*weight, weight_scale, zero_point, in.k, group_size);
+  const int8_t* packed = int4_kernel_weight(out.kernel_weight, layout);
+  out.y = in.new_output(n);
+  out.residual = checked_residual(residual, in.shape, in.y_type);
+  return {in.x.data_ptr(),
+          float_dtype(in.x.scalar_type()),
+          in.m,
+          n,
+          in.k,
+          group_size,
+          packed,
+          int4_scale_dtype(weight_scale.scalar_type()),
+          zero_point.has_value(),
+          data_or_null<float>(out.bias),
+          static_cast<int>(act_bits.value_or(0)),
+          act_symmetric,
+          activation,
+          data_or_null<void>(out.residual),
+          out.y.data_ptr(),
+          float_dtype(in.y_type)};
+}
+
+Tensor int4_linear(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& kernel_weight, int64_t group_size, std::optional<int64_t> act_bits,
+                   bool act_symmetric, const std::string& activation, std::optional<ScalarType> out_dtype,
+                   const std::optional<Tensor>& residual) {
+  Input in(x, out_dtype);
+  Operands operands;
+  cpu::int4_linear(int4_part(in, weight, weight_scale, zero_point, bias, kernel_weight, group_size, act_bits,
+                             act_symmetric, parse_activation(activation), residual, operands),
                    threads());
-  return y;
+  return operands.y;
+}
+
+Tensors int4_multi_linear(const Tensor& x, const MaybeTensors& weights, const Tensors& weight_scales,
+                          const MaybeTensors& zero_points, const MaybeTensors& biases,
+                          const MaybeTensors& kernel_weights, int64_t group_size, std::optional<int64_t> act_bits,
+                          bool act_symmetric, const std::string& activation, bool gated,
+                          std::optional<ScalarType> out_dtype) {
+  check_parts(weight_scales.size(), weights.size(), biases.size(), kernel_weights.size(), gated);
+  require(zero_points.size() == weights.size(), "int4_multi_linear: zero_points: expected as many as weights");
+  for (const std::optional<Tensor>& zero_point : zero_points)
+    require(zero_point.has_value() == zero_points[0].has_value(),
+            "int4_multi_linear: zero_points: expected all of them or none");
+  Input in(x, out_dtype);
+  std::vector<Operands> operands(weights.size());
+  std::vector<cpu::Int4LinearArgs> parts;
+  for (size_t i = 0; i < weights.size(); ++i)
+    parts.push_back(int4_part(
+        in, weights[i], weight_scales[i], zero_points[i], biases[i], kernel_weights[i], group_size, act_bits,
+        act_symmetric, gated && i == 1 ? Activation::kNone : parse_activation(activation), std::nullopt, operands[i]));
+  require(!gated || parts[0].n == parts[1].n, "int4_multi_linear: N: expected it alike");
+  cpu::int4_multi_linear(parts.data(), static_cast<int>(parts.size()), gated, threads());
+  return results(operands, gated);
 }
 
 }  // namespace
@@ -283,6 +398,8 @@ STABLE_TORCH_LIBRARY_IMPL(tcompress, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int4_prepack", TORCH_BOX(&int4_prepack));
   m.impl("int4_unpack", TORCH_BOX(&int4_unpack));
+  m.impl("int8_multi_linear", TORCH_BOX(&int8_multi_linear));
+  m.impl("int4_multi_linear", TORCH_BOX(&int4_multi_linear));
   m.impl("int4_linear", TORCH_BOX(&int4_linear));
 }
 

@@ -171,7 +171,8 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, *args: Any) -> Any:
         ctx.op = op
-        return _references[op](*args)
+        result = _references[op](*args)
+        return tuple(result) if isinstance(result, list) else result  # torch does not look into a list
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:

@@ -11,8 +11,8 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int kFloatRows = 6;          // 6 rows x 2 halves of a panel + 2 weights + 1 activation = 15 registers
-constexpr int kNibbles = 2 * kQuad;    // of a 32-bit lane
+constexpr int kFloatRows = 6;        // 6 rows x 2 halves of a panel + 2 weights + 1 activation = 15 registers
+constexpr int kNibbles = 2 * kQuad;  // of a 32-bit lane
 constexpr int kFloatHalves = kPanel / Vec::kLanes;
 
 // Nibble j of a lane is k = 4 (j mod 2) + j/2 of a pair of steps.
@@ -129,12 +129,11 @@ void float_unpack(const Int4ChunkArgs& args) {
     const uint8_t* zero_points =
         args.zero_points == nullptr ? nullptr : args.zero_points + step / args.group_steps * width;
     for (int n = 0; n < width; n += Vec::kLanes) {
-      const __m256i lanes = _mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(args.weights + (step / 2 * width + n) * kQuad));
+      const __m256i lanes =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(args.weights + (step / 2 * width + n) * kQuad));
       const __m256 zeros = float_zeros(zero_points == nullptr ? nullptr : zero_points + n);
 #pragma GCC unroll 8
-      for (int j = 0; j < kNibbles; ++j)
-        _mm256_storeu_ps(out + k_of_nibble(j) * width + n, nibble(lanes, j, zeros));
+      for (int j = 0; j < kNibbles; ++j) _mm256_storeu_ps(out + k_of_nibble(j) * width + n, nibble(lanes, j, zeros));
     }
   }
 }

@@ -52,8 +52,8 @@ struct Int4KernelLayout {
 struct Int4PrepackArgs {
   const uint8_t* weight;  // [N, ceil(K/2)], the even k in the low nibble
   int64_t n, k, group_size;
-  const void* scale;  // [N, ceil(K/group_size)]
-  DType scale_dtype;  // kFloat16 or kFloat32
+  const void* scale;          // [N, ceil(K/group_size)]
+  DType scale_dtype;          // kFloat16 or kFloat32
   const uint8_t* zero_point;  // like scale, or null
 };
 
@@ -90,13 +90,18 @@ struct Int4LinearArgs {
 
 void int4_linear(const Int4LinearArgs& args, int num_threads);
 
+// Several weights [N_i, K] over one x, which is quantized once: all parts have the first one's x, m, k, group_size,
+// act_bits, act_symmetric, has_zero_points and y_dtype. Gated: two parts with the same n; y_0 = part_0 * part_1, and
+// part_1's y is not used.
+void int4_multi_linear(const Int4LinearArgs* parts, int count, bool gated, int num_threads);
+
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 // A span is a run of steps that are summed without a flush to floating point; it lies within one scale group.
 struct Int4TileArgs {
-  const void* a;       // rows of int8 quads, or of floats, 4 a step
-  int64_t a_stride;    // bytes
-  int rows;            // 1 … max_rows (packed: 1 … max_packed_rows)
+  const void* a;        // rows of int8 quads, or of floats, 4 a step
+  int64_t a_stride;     // bytes
+  int rows;             // 1 … max_rows (packed: 1 … max_packed_rows)
   const void* weights;  // packed: kernel layout; unpacked: [steps][panels][16][4] uint8, or [4*steps][panels][16] float
   int n_panels;
   int64_t steps;       // of this chunk: a multiple of 8
@@ -139,7 +144,7 @@ struct Int4LinearPath {
   // Sums of a over each span: a word a span, in the form that the tile starts its sums with. Without zero points it is
   // multiplied by -8, else by -1 (the tile multiplies by the zero points).
   void (*corrections)(const int8_t* a, int64_t steps, int64_t span_steps, bool has_zero_points, int32_t* out);
-  Int4Tile packed[2], unpacked[2];               // [scales are float16]
+  Int4Tile packed[2], unpacked[2];  // [scales are float16]
   Int4Tile float_packed[2], float_unpacked[2];
   void (*unpack)(const Int4ChunkArgs&);
   void (*float_unpack)(const Int4ChunkArgs&);

@@ -3,7 +3,8 @@
 // Groups of 32 use tiles of half the depth.
 //
 // 1. One panel at a time, whose 16 x 16 totals stay in 16 registers over a chunk of K.
-// 2. Per span: the sums go through a buffer in the first-level cache to the registers, times the scale. Two buffers take
+// 2. Per span: the sums go through a buffer in the first-level cache to the registers, times the scale. Two buffers
+// take
 //    turns, so that the next span's tiles need not wait.
 //
 // Up to 4 rows, and weight-only layers, go to AVX-512. Rows beyond `rows` of the last 16 are read too: the caller's
@@ -29,14 +30,14 @@ constexpr int64_t kMaxSpanSteps = 8 * kTileSteps;
 constexpr int kBatch = 4;  // spans whose tiles are under way together
 
 // Tile numbers are part of the instruction: sums 0 … 3, activations 4 and 5, weights 6 and 7.
-#define TC_SPAN(sum, activations, weights)                                  \
-  _tile_zero(sum);                                                          \
-  for (int64_t s = 0; s < steps; s += depth) {                              \
-    _tile_loadd(activations, a + s * kQuad, a_stride);                      \
-    _tile_loadd(weights, w + s * step_stride, step_stride);                 \
-    _tile_dpbssd(sum, activations, weights);                                \
-  }                                                                         \
-  _tile_stored(sum, sums, kPanel * sizeof(int32_t));                        \
+#define TC_SPAN(sum, activations, weights)                  \
+  _tile_zero(sum);                                          \
+  for (int64_t s = 0; s < steps; s += depth) {              \
+    _tile_loadd(activations, a + s * kQuad, a_stride);      \
+    _tile_loadd(weights, w + s * step_stride, step_stride); \
+    _tile_dpbssd(sum, activations, weights);                \
+  }                                                         \
+  _tile_stored(sum, sums, kPanel * sizeof(int32_t));        \
   break;
 
 inline void multiply(int tile, const int8_t* a, int64_t a_stride, const int8_t* w, int64_t step_stride, int64_t steps,
@@ -92,8 +93,7 @@ void panel_tile(const Int4TileArgs& args, int64_t depth, int panel) {
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r)
-    if (r < args.rows)
-      _mm512_storeu_ps(acc + r * width, _mm512_add_ps(total[r], _mm512_loadu_ps(acc + r * width)));
+    if (r < args.rows) _mm512_storeu_ps(acc + r * width, _mm512_add_ps(total[r], _mm512_loadu_ps(acc + r * width)));
 }
 
 template <class Scale>
@@ -115,8 +115,7 @@ void unpack(const Int4ChunkArgs& args) {
       __m512i zeros = _mm512_set1_epi8(kSymmetricZero);
       if (args.zero_points != nullptr) {
         const uint8_t* of_panel = args.zero_points + step / args.group_steps * width + p * kPanel;
-        const __m512i lanes =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(of_panel)));
+        const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(of_panel)));
         zeros = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101));
       }
       const __m512i both = _mm512_loadu_si512(args.weights + step / 2 * pair_bytes + p * kPanel * kQuad);

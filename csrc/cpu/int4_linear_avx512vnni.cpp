@@ -1,5 +1,6 @@
 // AVX-512 VNNI: vpdpbusd multiplies the weights, unsigned 0 … 15, by signed activations, 64 MAC an instruction. What is
-// left, the weights' zero, is a correction by the sum of the activations: the sums start from it, at no cost in the loop.
+// left, the weights' zero, is a correction by the sum of the activations: the sums start from it, at no cost in the
+// loop.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
@@ -128,7 +129,10 @@ void tile(const Int4TileArgs& args, int r0) {
 template <bool kPacked, class Scale>
 void tile_any(const Int4TileArgs& args) {
   using Tile = void (*)(const Int4TileArgs&, int);
-#define TCOMPRESS_ROWS(r) {tile<r, 1, kPacked, Scale>, tile<r, 2, kPacked, Scale>, tile<r, 3, kPacked, Scale>}
+#define TCOMPRESS_ROWS(r)                                                              \
+  {                                                                                    \
+    tile<r, 1, kPacked, Scale>, tile<r, 2, kPacked, Scale>, tile<r, 3, kPacked, Scale> \
+  }
   static constexpr Tile kTiles[kIntRows][kGroupPanels] = {TCOMPRESS_ROWS(1), TCOMPRESS_ROWS(2), TCOMPRESS_ROWS(3),
                                                           TCOMPRESS_ROWS(4)};
 #undef TCOMPRESS_ROWS

@@ -50,8 +50,7 @@ void tile(const Int4TileArgs& args) {
           for (int i = 0; i < kQuad; ++i)
             sum[n] += static_cast<int32_t>(a[step * kQuad + i]) * weights[(step * width + n) * kQuad + i];
       const Scale* scales = static_cast<const Scale*>(args.scales) + group;
-      for (int n = 0; n < width; ++n)
-        args.acc[r * width + n] += static_cast<float>(sum[n]) * to_float(scales[n]);
+      for (int n = 0; n < width; ++n) args.acc[r * width + n] += static_cast<float>(sum[n]) * to_float(scales[n]);
     }
   }
 }
@@ -91,9 +90,21 @@ void float_tile(const Int4TileArgs& args) {
 }  // namespace
 
 // No packed tiles: even one row unpacks.
-const Int4LinearPath kInt4LinearScalar = {
-    kRows, 0, 1, 3, 3, kMaxSpanSteps, quantize_row_scalar, corrections, {nullptr, nullptr}, {tile<float>, tile<Float16>},
-    {nullptr, nullptr}, {float_tile<float>, float_tile<Float16>}, unpack, float_unpack, row_to_float<Vec>,
-    float_epilogue_for<Vec>};
+const Int4LinearPath kInt4LinearScalar = {kRows,
+                                          0,
+                                          1,
+                                          3,
+                                          3,
+                                          kMaxSpanSteps,
+                                          quantize_row_scalar,
+                                          corrections,
+                                          {nullptr, nullptr},
+                                          {tile<float>, tile<Float16>},
+                                          {nullptr, nullptr},
+                                          {float_tile<float>, float_tile<Float16>},
+                                          unpack,
+                                          float_unpack,
+                                          row_to_float<Vec>,
+                                          float_epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu

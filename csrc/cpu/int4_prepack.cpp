@@ -65,8 +65,7 @@ template <class T>
 void pack_groups(const void* in, int64_t n, int64_t n_k_groups, int64_t n0, int width, void* out) {
   for (int64_t g = 0; g < n_k_groups; ++g)
     for (int j = 0; j < width; ++j)
-      static_cast<T*>(out)[g * width + j] =
-          n0 + j < n ? static_cast<const T*>(in)[(n0 + j) * n_k_groups + g] : T{};
+      static_cast<T*>(out)[g * width + j] = n0 + j < n ? static_cast<const T*>(in)[(n0 + j) * n_k_groups + g] : T{};
 }
 
 template <class T>

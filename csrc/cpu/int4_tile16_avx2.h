@@ -17,11 +17,13 @@ namespace {
 
 static_assert(kSpanSteps == 8);  // .rept below
 
-#define TC_COLUMN(offset, s0, s1)                              \
-  "vmovdqu " #offset "(%[w]), %%ymm14\n\t"                     \
-  "vpmaddubsw %%ymm12, %%ymm14, %%ymm15\n\t"                   \
-  "vpmaddubsw %%ymm13, %%ymm14, %%ymm14\n\t"                   \
-  "vpaddw %%ymm15, %%ymm" #s0 ", %%ymm" #s0 "\n\t"             \
+#define TC_COLUMN(offset, s0, s1)            \
+  "vmovdqu " #offset                         \
+  "(%[w]), %%ymm14\n\t"                      \
+  "vpmaddubsw %%ymm12, %%ymm14, %%ymm15\n\t" \
+  "vpmaddubsw %%ymm13, %%ymm14, %%ymm14\n\t" \
+  "vpaddw %%ymm15, %%ymm" #s0 ", %%ymm" #s0  \
+  "\n\t"                                     \
   "vpaddw %%ymm14, %%ymm" #s1 ", %%ymm" #s1 "\n\t"
 
 // Adds a span to sums [2][6]; 192 bytes of weights a step. Advances the pointers.
@@ -41,9 +43,9 @@ inline void add_span(const int8_t*& a, int64_t a_stride, const uint8_t*& w, __m2
   asm volatile(
       // An assembler's loop: a counter would be one operand more than GCC takes.
       ".rept 8\n\t"
-      "vpbroadcastd (%[a]), %%ymm12\n\tvpbroadcastd (%[a],%[stride]), %%ymm13\n\t"                            //
+      "vpbroadcastd (%[a]), %%ymm12\n\tvpbroadcastd (%[a],%[stride]), %%ymm13\n\t"                          //
       TC_COLUMN(0, 0, 6) TC_COLUMN(32, 1, 7) TC_COLUMN(64, 2, 8) TC_COLUMN(96, 3, 9) TC_COLUMN(128, 4, 10)  //
-      TC_COLUMN(160, 5, 11)                                                                                  //
+      TC_COLUMN(160, 5, 11)                                                                                 //
       "addq $4, %[a]\n\taddq $192, %[w]\n\t.endr"
       : [a] "+r"(a), [w] "+r"(w), "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7),
         "+x"(s8), "+x"(s9), "+x"(s10), "+x"(s11)
@@ -77,8 +79,7 @@ void tile16(const Int4TileArgs& args, int r0) {
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 6
-      for (int h = 0; h < kHalfPanels; ++h)
-        add_scaled(sum[r][h], scales + h * kLanes, acc + r * kGroup + h * kLanes);
+      for (int h = 0; h < kHalfPanels; ++h) add_scaled(sum[r][h], scales + h * kLanes, acc + r * kGroup + h * kLanes);
     if (++in_group == args.spans_per_group) {
       in_group = 0;
       scales += kGroup;

@@ -1,10 +1,10 @@
-// AVX2 tiles of the int4 layer with quantized activations: vpmaddubsw multiplies the weights, unsigned 0 … 15, by signed
-// activations and adds neighbours in 16 bits.
+// AVX2 tiles of the int4 layer with quantized activations: vpmaddubsw multiplies the weights, unsigned 0 … 15, by
+// signed activations and adds neighbours in 16 bits.
 //
-// A span is 8 steps. A 16-bit lane then holds at most 8 * 2 * 15 * 127 = 30480 < 32768, at every partial sum too when it
-// starts from zero; with the correction for the weights' zero (at most 8 * 2 * 127 * 15 = 30480 the other way) a partial
-// sum may wrap, but the whole, |sum (w - zero) a| <= 30480, is exact modulo 2^16. Per span: vpmaddwd by ones, to float32,
-// times the scale.
+// A span is 8 steps. A 16-bit lane then holds at most 8 * 2 * 15 * 127 = 30480 < 32768, at every partial sum too when
+// it starts from zero; with the correction for the weights' zero (at most 8 * 2 * 127 * 15 = 30480 the other way) a
+// partial sum may wrap, but the whole, |sum (w - zero) a| <= 30480, is exact modulo 2^16. Per span: vpmaddwd by ones,
+// to float32, times the scale.
 //
 // Include below `#pragma GCC target("avx2,fma,f16c")`.
 #pragma once
@@ -20,7 +20,7 @@ namespace tcompress::cpu {
 namespace {
 
 constexpr int kSpanSteps = 8;
-constexpr int kHalf = 32;                     // bytes of one ymm: 8 outputs x 4 k's
+constexpr int kHalf = 32;                        // bytes of one ymm: 8 outputs x 4 k's
 constexpr int kHalves = kPanel * kQuad / kHalf;  // of a panel
 constexpr int kLanes = Vec::kLanes;
 static_assert(kSpanSteps * 2 * 15 * 127 <= 32767);
@@ -49,8 +49,7 @@ void corrections(const int8_t* a, int64_t steps, int64_t, bool has_zero_points, 
 // The start of 8 outputs' sums.
 inline __m256i start(__m256i correction, const uint8_t* zero_points, int first) {
   if (zero_points == nullptr) return correction;
-  const __m256i zeros =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero_points + first)));
+  const __m256i zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero_points + first)));
   return _mm256_mullo_epi16(correction, _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16)));
 }
 
@@ -62,9 +61,9 @@ inline void add_scaled(__m256i sum16, const Scale* scale, float* acc) {
 
 // One span of kRows rows and one panel.
 template <int kRows, bool kPacked, class Scale>
-inline void span_panel(const int8_t* a, int64_t a_stride, const uint8_t* w, int64_t step_bytes, const int32_t* correction,
-                       int64_t correction_stride, const Scale* scales, const uint8_t* zero_points, float* acc,
-                       int64_t acc_stride) {
+inline void span_panel(const int8_t* a, int64_t a_stride, const uint8_t* w, int64_t step_bytes,
+                       const int32_t* correction, int64_t correction_stride, const Scale* scales,
+                       const uint8_t* zero_points, float* acc, int64_t acc_stride) {
   const __m256i low = _mm256_set1_epi8(15);
   __m256i sum[kRows][kHalves];
 #pragma GCC unroll 4

@@ -32,8 +32,8 @@ template <int kPanels, class Scale>
 inline void add_scaled(const Scale* scales, const __m512 (&sum)[kPanels], float* acc) {
 #pragma GCC unroll 3
   for (int p = 0; p < kPanels; ++p)
-    _mm512_storeu_ps(acc + p * kPanel, _mm512_fmadd_ps(sum[p], Vec::load(scales + p * kPanel).v,
-                                                       _mm512_loadu_ps(acc + p * kPanel)));
+    _mm512_storeu_ps(acc + p * kPanel,
+                     _mm512_fmadd_ps(sum[p], Vec::load(scales + p * kPanel).v, _mm512_loadu_ps(acc + p * kPanel)));
 }
 
 // Straight from the packed weights, for up to 4 rows.
@@ -116,9 +116,14 @@ void float_unpacked_tile(const Int4TileArgs& args) {
 
 template <class Scale>
 void float_packed(const Int4TileArgs& args) {
-#define TCOMPRESS_ROWS(r)                                                                                    \
-  {{float_packed_tile<r, 1, false, Scale>, float_packed_tile<r, 2, false, Scale>, float_packed_tile<r, 3, false, Scale>}, \
-   {float_packed_tile<r, 1, true, Scale>, float_packed_tile<r, 2, true, Scale>, float_packed_tile<r, 3, true, Scale>}}
+#define TCOMPRESS_ROWS(r)                                                                                              \
+  {                                                                                                                    \
+    {float_packed_tile<r, 1, false, Scale>, float_packed_tile<r, 2, false, Scale>,                                     \
+     float_packed_tile<r, 3, false, Scale>},                                                                           \
+    {                                                                                                                  \
+      float_packed_tile<r, 1, true, Scale>, float_packed_tile<r, 2, true, Scale>, float_packed_tile<r, 3, true, Scale> \
+    }                                                                                                                  \
+  }
   static constexpr Int4Tile kTiles[4][2][kGroupPanels] = {TCOMPRESS_ROWS(1), TCOMPRESS_ROWS(2), TCOMPRESS_ROWS(3),
                                                           TCOMPRESS_ROWS(4)};
 #undef TCOMPRESS_ROWS
@@ -127,11 +132,13 @@ void float_packed(const Int4TileArgs& args) {
 
 template <class Scale>
 void float_unpacked(const Int4TileArgs& args) {
-#define TCOMPRESS_ROWS(r) \
-  {float_unpacked_tile<r, 1, Scale>, float_unpacked_tile<r, 2, Scale>, float_unpacked_tile<r, 3, Scale>}
-  static constexpr Int4Tile kTiles[kFloatRows][kGroupPanels] = {
-      TCOMPRESS_ROWS(1), TCOMPRESS_ROWS(2), TCOMPRESS_ROWS(3), TCOMPRESS_ROWS(4),
-      TCOMPRESS_ROWS(5), TCOMPRESS_ROWS(6), TCOMPRESS_ROWS(7), TCOMPRESS_ROWS(8)};
+#define TCOMPRESS_ROWS(r)                                                                                \
+  {                                                                                                      \
+    float_unpacked_tile<r, 1, Scale>, float_unpacked_tile<r, 2, Scale>, float_unpacked_tile<r, 3, Scale> \
+  }
+  static constexpr Int4Tile kTiles[kFloatRows][kGroupPanels] = {TCOMPRESS_ROWS(1), TCOMPRESS_ROWS(2), TCOMPRESS_ROWS(3),
+                                                                TCOMPRESS_ROWS(4), TCOMPRESS_ROWS(5), TCOMPRESS_ROWS(6),
+                                                                TCOMPRESS_ROWS(7), TCOMPRESS_ROWS(8)};
 #undef TCOMPRESS_ROWS
   kTiles[args.rows - 1][args.n_panels - 1](args);
 }

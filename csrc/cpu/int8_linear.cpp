@@ -8,13 +8,15 @@
 
 #include "int8_linear.h"
 
+#include <vector>
+
 #include "path.h"
 #include "threads.h"
 
 namespace tcompress::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 128 << 10;      // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kBlockBytes = 128 << 10;  // quantized rows of a block: a quarter of a small L2
 
 const Int8LinearPath& path_table(Path path) {
   switch (path) {
@@ -42,13 +44,23 @@ struct Workspace {
   int32_t* zero_point;
 };
 
+// One of the weights that share the activations.
+struct Part {
+  const Int8LinearArgs& args;
+  Int8KernelLayout layout;
+  void (*epilogue)(const EpilogueArgs&);
+  int64_t first_panel;  // among the panels of all parts, each part's rounded up to whole groups
+  const void* factor;
+  void* y;
+};
+
 struct Plan {
   const Int8LinearPath& path;
   void (*tile)(const Int8TileArgs&);
-  void (*epilogue)(const EpilogueArgs&);
-  Int8KernelLayout layout;
-  int64_t a_stride, block_rows;
+  int64_t steps, a_stride, block_rows;
   int64_t x_row_bytes, y_element_bytes;
+  std::vector<Part> parts;
+  bool gated;  // parts[1] is multiplied into the result of parts[0], group by group
 };
 
 void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspace& work, int64_t m0, int64_t rows) {
@@ -56,72 +68,95 @@ void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspac
   for (int64_t r = 0; r < rows; ++r) {
     const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
     plan.path.quantize_row({x, args.x_dtype, args.k, args.act_bits, args.act_symmetric, flip,
-                            work.a + r * plan.a_stride, plan.layout.steps * kQuad, work.scale + r,
-                            work.zero_point + r});
+                            work.a + r * plan.a_stride, plan.steps * kQuad, work.scale + r, work.zero_point + r});
     if (flip != 0) work.zero_point[r] = flip;
   }
 }
 
-void run_cell(const Int8LinearArgs& args, const Plan& plan, const Workspace& work, const Cell& cell) {
+// The tiles of one group of panels for a block of rows.
+void run_group(const Plan& plan, const Part& part, const Workspace& work, int64_t m0, int64_t rows, int64_t panel) {
   alignas(kCacheLine) int32_t acc[kMaxTileRows * kGroup];
-  const Int8KernelLayout& layout = plan.layout;
-  const int32_t* column_sum = reinterpret_cast<const int32_t*>(args.kernel_weight + layout.column_sums);
+  const Int8LinearArgs& args = part.args;
+  const Int8KernelLayout& layout = part.layout;
+  const int panels = static_cast<int>(smaller(layout.n_panels - panel, kGroupPanels));
+  const int64_t n0 = panel * kPanel, columns = smaller(args.n - n0, panels * kPanel);
+  const int8_t* weights = args.kernel_weight + layout.group(panel);
+  const uint8_t* runs = reinterpret_cast<const uint8_t*>(args.kernel_weight + layout.schedule(panel));
+  const int32_t* column_sum = reinterpret_cast<const int32_t*>(args.kernel_weight + layout.column_sums) + n0;
+  const auto at = [](const void* data, int64_t offset) {
+    return data == nullptr ? nullptr : static_cast<const char*>(data) + offset;
+  };
+  for (int64_t r = 0; r < rows; r += plan.path.max_rows) {
+    const int tile_rows = static_cast<int>(smaller(rows - r, plan.path.max_rows));
+    plan.tile({work.a + r * plan.a_stride, plan.a_stride, tile_rows, weights, panels, layout.steps, runs, acc});
+    for (int i = 0; i < tile_rows; ++i) {
+      const int64_t offset = ((m0 + r + i) * args.n + n0) * plan.y_element_bytes;
+      part.epilogue({acc + i * panels * kPanel, columns, work.zero_point[r + i], work.scale[r + i], column_sum,
+                     args.weight_scale + n0, args.bias == nullptr ? nullptr : args.bias + n0, at(part.factor, offset),
+                     at(args.residual, offset), static_cast<char*>(part.y) + offset});
+    }
+  }
+}
+
+void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
   for (int64_t m0 = cell.m0; m0 < cell.m1; m0 += plan.block_rows) {
-    const int64_t rows = cell.m1 - m0 < plan.block_rows ? cell.m1 - m0 : plan.block_rows;
-    quantize_block(args, plan, work, m0, rows);
+    const int64_t rows = smaller(cell.m1 - m0, plan.block_rows);
+    quantize_block(plan.parts[0].args, plan, work, m0, rows);
+    size_t i = 0;
     for (int64_t p = cell.p0; p < cell.p1; p += kGroupPanels) {
-      const int panels = static_cast<int>(cell.p1 - p < kGroupPanels ? cell.p1 - p : kGroupPanels);
-      const int8_t* weights = args.kernel_weight + layout.group(p);
-      const uint8_t* runs = reinterpret_cast<const uint8_t*>(args.kernel_weight + layout.schedule(p));
-      const int64_t n0 = p * kPanel;
-      const int64_t columns = args.n - n0 < panels * kPanel ? args.n - n0 : panels * kPanel;
-      for (int64_t r = 0; r < rows; r += plan.path.max_rows) {
-        const int tile_rows = static_cast<int>(rows - r < plan.path.max_rows ? rows - r : plan.path.max_rows);
-        plan.tile({work.a + r * plan.a_stride, plan.a_stride, tile_rows, weights, panels, layout.steps, runs, acc});
-        for (int i = 0; i < tile_rows; ++i) {
-          const int64_t at = ((m0 + r + i) * args.n + n0) * plan.y_element_bytes;
-          char* y = static_cast<char*>(args.y) + at;
-          plan.epilogue({acc + i * panels * kPanel, columns, work.zero_point[r + i], work.scale[r + i], column_sum + n0,
-                         args.weight_scale + n0, args.bias == nullptr ? nullptr : args.bias + n0,
-                         nullptr, args.residual == nullptr ? nullptr : static_cast<const char*>(args.residual) + at, y});
-        }
+      if (plan.gated) {
+        for (const Part& part : plan.parts) run_group(plan, part, work, m0, rows, p);
+        continue;
       }
+      while (i + 1 < plan.parts.size() && plan.parts[i + 1].first_panel <= p) ++i;
+      run_group(plan, plan.parts[i], work, m0, rows, p - plan.parts[i].first_panel);
     }
   }
 }
 
 }  // namespace
 
-void int8_linear(const Int8LinearArgs& args, int num_threads) {
-  if (args.m == 0 || args.n == 0) return;
+void int8_multi_linear(const Int8LinearArgs* all, int count, bool gated, int num_threads) {
+  const Int8LinearArgs& args = all[0];
   const Int8LinearPath& path = path_table(current_path());
-  const Int8KernelLayout layout(args.n, args.k);
-  const int64_t a_stride = odd_lines(layout.steps * kQuad);
+  const int64_t steps = ceil_div(args.k, kQuad), a_stride = odd_lines(steps * kQuad);
+  Plan plan{path,
+            args.act_symmetric ? path.tile_signed : path.tile_unsigned,
+            steps,
+            a_stride,
+            0,
+            args.k * element_bytes(args.x_dtype),
+            element_bytes(args.y_dtype),
+            {},
+            gated};
+  int64_t panels = 0, macs = 0;
+  for (int i = 0; i < count; ++i) {
+    const Int8LinearArgs& one = all[i];
+    const bool factor = gated && i == 1;
+    const Int8KernelLayout layout(one.n, one.k);
+    if (layout.n_panels == 0) continue;
+    plan.parts.push_back({one, layout, path.epilogue(one.activation, one.y_dtype), panels, factor ? args.y : nullptr,
+                          factor ? args.y : one.y});
+    if (!factor) panels += layout.n_groups * kGroupPanels;
+    macs += args.m * one.n * one.k;
+  }
+  if (args.m == 0 || panels == 0) return;
+  const int threads = useful_threads(macs, kMinMacsPerThread, num_threads);
+  const Grid grid(args.m, panels, {path.row_unit, static_cast<double>(path.macs_per_cycle), 1}, threads);
   const int64_t fitting_rows = kBlockBytes / a_stride / path.max_rows * path.max_rows;
+  plan.block_rows = smaller(fitting_rows > path.max_rows ? fitting_rows : path.max_rows, grid.cell_rows());
 
-  const int threads = useful_threads(args.m * args.n * args.k, kMinMacsPerThread, num_threads);
-  const Grid grid(args.m, layout.n_panels, {path.row_unit, static_cast<double>(path.macs_per_cycle), 1}, threads);
-  int64_t block_rows = fitting_rows > path.max_rows ? fitting_rows : path.max_rows;
-  if (block_rows > grid.cell_rows()) block_rows = grid.cell_rows();
-
-  const Plan plan{path,
-                  args.act_symmetric ? path.tile_signed : path.tile_unsigned,
-                  path.epilogue(args.activation, args.y_dtype),
-                  layout,
-                  a_stride,
-                  block_rows,
-                  args.k * element_bytes(args.x_dtype),
-                  element_bytes(args.y_dtype)};
-
-  const int64_t work_bytes = round_up(block_rows * (a_stride + 8), kCacheLine);
+  const int64_t work_bytes = round_up(plan.block_rows * (a_stride + 8), kCacheLine);
   uint8_t* memory = scratch(work_bytes * grid.cells());
   parallel_tasks(grid.cells(), [&](int t) {
     uint8_t* a = memory + t * work_bytes;
-    float* scale = reinterpret_cast<float*>(a + block_rows * a_stride);
-    const Workspace work{a, scale, reinterpret_cast<int32_t*>(scale + block_rows)};
+    float* scale = reinterpret_cast<float*>(a + plan.block_rows * a_stride);
+    const Workspace work{a, scale, reinterpret_cast<int32_t*>(scale + plan.block_rows)};
     const Cell cell = grid.cell(t);
-    if (cell.m0 < cell.m1 && cell.p0 < cell.p1) run_cell(args, plan, work, cell);
+    if (cell.m0 < cell.m1 && cell.p0 < cell.p1) run_cell(plan, work, cell);
   });
 }
+
+void int8_linear(const Int8LinearArgs& args, int num_threads) { int8_multi_linear(&args, 1, false, num_threads); }
 
 }  // namespace tcompress::cpu

@@ -66,6 +66,10 @@ struct Int8LinearArgs {
 
 void int8_linear(const Int8LinearArgs& args, int num_threads);
 
+// Several weights [N_i, K] over one x, which is quantized once: all parts have the first one's x, m, k, act_bits,
+// act_symmetric and y_dtype. Gated: two parts with the same n; y_0 = part_0 * part_1, and part_1's y is not used.
+void int8_multi_linear(const Int8LinearArgs* parts, int count, bool gated, int num_threads);
+
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 struct Int8TileArgs {

@@ -1,18 +1,22 @@
 """The ops: each file holds one op's schema, reference, fake, flops and bytes."""
 
 from tcompress.ops.int4_linear import int4_linear
+from tcompress.ops.int4_multi_linear import int4_multi_linear
 from tcompress.ops.int4_prepack import int4_prepack
 from tcompress.ops.int4_unpack import int4_unpack
 from tcompress.ops.int8_linear import int8_linear
+from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.int8_prepack import int8_prepack
 from tcompress.ops.int8_unpack import int8_unpack
 from tcompress.ops.quantize_per_token import quantize_per_token
 
 __all__ = [
     "int4_linear",
+    "int4_multi_linear",
     "int4_prepack",
     "int4_unpack",
     "int8_linear",
+    "int8_multi_linear",
     "int8_prepack",
     "int8_unpack",
     "quantize_per_token",

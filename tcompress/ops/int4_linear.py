@@ -64,6 +64,53 @@ def int4_linear(
         TypeError: a wrong dtype. ValueError: shapes that do not fit, an unknown activation, too many bits, K > 65536.
     """
     op = "int4_linear"
+    check(
+        op,
+        x,
+        weight,
+        weight_scale,
+        zero_point,
+        bias,
+        kernel_weight,
+        group_size,
+        act_bits,
+        act_symmetric,
+        activation,
+        out_dtype,
+    )
+    check_residual(op, residual, x, weight_scale.shape[0], out_dtype)
+    return backend.call(
+        op,
+        x,
+        weight,
+        weight_scale,
+        zero_point,
+        bias,
+        kernel_weight,
+        group_size,
+        act_bits,
+        act_symmetric,
+        activation,
+        out_dtype,
+        residual,
+    )
+
+
+def check(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kernel_weight: torch.Tensor | None,
+    group_size: int,
+    act_bits: int | None,
+    act_symmetric: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Raises unless the arguments fit together; the message names `op`."""
     per_token.check_float(x, op, "x")
     if weight is None and kernel_weight is None:
         raise TypeError(message(op, "weight", "None", "uint8", "only a kernel_weight can take its place"))
@@ -81,22 +128,6 @@ def int4_linear(
     check_activation(op, activation)
     if out_dtype is not None and out_dtype not in per_token.FLOAT_DTYPES:
         raise TypeError(message(op, "out_dtype", out_dtype, "float32, bfloat16 or float16"))
-    check_residual(op, residual, x, n, out_dtype)
-    return backend.call(
-        op,
-        x,
-        weight,
-        weight_scale,
-        zero_point,
-        bias,
-        kernel_weight,
-        group_size,
-        act_bits,
-        act_symmetric,
-        activation,
-        out_dtype,
-        residual,
-    )
 
 
 def reference(

@@ -59,7 +59,7 @@ def int8_linear(
     Raises:
         TypeError: a wrong dtype. ValueError: shapes that do not fit, an unknown activation, too many bits, K > 65536.
     """
-    _check(x, weight, weight_scale, bias, kernel_weight, act_bits, act_symmetric, activation, out_dtype)
+    check("int8_linear", x, weight, weight_scale, bias, kernel_weight, act_bits, act_symmetric, activation, out_dtype)
     check_residual("int8_linear", residual, x, weight_scale.shape[0], out_dtype)
     return backend.call(
         "int8_linear",
@@ -76,7 +76,8 @@ def int8_linear(
     )
 
 
-def _check(
+def check(
+    op: str,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     weight_scale: torch.Tensor,
@@ -87,7 +88,7 @@ def _check(
     activation: str,
     out_dtype: torch.dtype | None,
 ) -> None:
-    op = "int8_linear"
+    """Raises unless the arguments fit together; the message names `op`."""
     per_token.check_float(x, op, "x")
     if weight is None and kernel_weight is None:
         raise TypeError(message(op, "weight", "None", "int8 [N, K]", "only a kernel_weight can take its place"))
