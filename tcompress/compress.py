@@ -14,6 +14,7 @@ from torch import nn
 
 from tcompress import calibrate, replace
 from tcompress.errors import CompressionWarning, message
+from tcompress.fuse import fuse
 from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.recipe import Recipe
 from tcompress.report.report import LayerReport, Report
@@ -81,6 +82,7 @@ def compress(
 
     skipped = [_skip_report(skip) for skip in skips]
     compressed = replace.swap(model, replacements, inplace=inplace)
+    fuse(compressed)
     cosine = None if output is None else _output_cosine(compressed, batch, output, notes)
     after = model_sizes(compressed)
     notes += _size_notes(before, after)

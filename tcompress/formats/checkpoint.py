@@ -23,6 +23,7 @@ from torch import nn
 from tcompress.errors import message
 from tcompress.formats.module_spec import DTYPES, DtypeName, EmbeddingSpec, LinearSpec, build, describe, mismatch
 from tcompress.formats.skeleton import hugging_face_info, new_model
+from tcompress.fuse import fuse
 from tcompress.match import COMPRESSED
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
@@ -297,3 +298,4 @@ def _install(
             parent, _, child = key.rpartition(".")
             model.get_submodule(parent)._buffers[child] = buffer.to(DTYPES[metadata.buffer_dtypes[key]])
     disable_torch_fast_path(model)
+    fuse(model)

@@ -85,7 +85,10 @@ class FeedForward(nn.Module):
             raise ValueError(
                 f"FeedForward: x: got shape {tuple(x.shape)}, expected [..., {self.d_model}]; the last axis is d_model"
             )
-        y: Tensor = self.linear2(ACTIVATIONS[self.activation](self.linear1(x)))
+        hidden = self.linear1(x)
+        if getattr(self.linear1, "fused_activation", "none") == "none":
+            hidden = ACTIVATIONS[self.activation](hidden)
+        y: Tensor = self.linear2(hidden)
         return y
 
     def extra_repr(self) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from tcompress.errors import message
 from tcompress.nn.kernel_layout import KernelWeight
 from tcompress.nn.packed_module import PackedModule
-from tcompress.ops import int4_linear, int8_linear
+from tcompress.ops import int4_linear, int4_multi_linear, int8_linear, int8_multi_linear
 from tcompress.ops.int8_linear import ACTIVATIONS
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
@@ -53,6 +55,8 @@ class QuantizedLinear(PackedModule):
         super().__init__((out_features, in_features), scheme, device)
         self.in_features, self.out_features = in_features, out_features
         self.activation = activation
+        #: An activation that `tcompress.fuse` moved here from the module after this one; not part of a checkpoint.
+        self.fused_activation = "none"
         self._act_bits = scheme.activations.bits if scheme.activations else None
         self._act_symmetric = scheme.activations.symmetric if scheme.activations else True
         if bias:
@@ -117,7 +121,7 @@ class QuantizedLinear(PackedModule):
                 self.kernel_weight,
                 self._act_bits,
                 self._act_symmetric,
-                self.activation,
+                self._applied_activation,
                 residual=residual,
             )
         scale, zero_point, group_size = self._int4_parts()
@@ -131,9 +135,13 @@ class QuantizedLinear(PackedModule):
             group_size,
             self._act_bits,
             self._act_symmetric,
-            self.activation,
+            self._applied_activation,
             residual=residual,
         )
+
+    @property
+    def _applied_activation(self) -> str:
+        return self.activation if self.fused_activation == "none" else self.fused_activation
 
     def _int4_parts(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """Scales, zero points and group size; of what the kernel layout holds itself, shapes and types alone."""
@@ -150,4 +158,37 @@ class QuantizedLinear(PackedModule):
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", scheme={self.scheme.name}"
-        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+        activation = self._applied_activation
+        return text if activation == "none" else f"{text}, activation={activation}"
+
+
+def multi_linear(input: torch.Tensor, layers: Sequence[QuantizedLinear], gated: bool = False) -> list[torch.Tensor]:
+    """Several layers of one scheme over one input, which is quantized once: `[layer(input) for layer in layers]`.
+
+    Args:
+        input: [..., K].
+        layers: with the same scheme, in_features and, unless gated, activation.
+        gated: two layers with as many outputs; the one result is `layers[0](input) * layers[1](input)`.
+
+    Raises:
+        ValueError: layers that differ in these.
+    """
+    first = layers[0]
+    alike = {(m.scheme, m.in_features) for m in layers}
+    activations = {m._applied_activation for m in (layers[:1] if gated else layers)}
+    if len(alike) > 1 or len(activations) > 1 or (gated and layers[1]._applied_activation != "none"):
+        raise ValueError(message("multi_linear", "layers", [repr(m) for m in layers], "one scheme and one activation"))
+    if input.shape[-1:] != (first.in_features,):
+        raise ValueError(message("multi_linear", "input", list(input.shape), f"[..., {first.in_features}]"))
+    weights, biases, kernels = [m.qdata for m in layers], [m.bias for m in layers], [m.kernel_weight for m in layers]
+    symmetric, activation = first._act_symmetric, first._applied_activation
+    if first.scheme.weights.bits > 4:
+        assert first._act_bits is not None
+        scales = [m.weight_scale for m in layers]
+        return int8_multi_linear(input, weights, scales, biases, kernels, first._act_bits, symmetric, activation, gated)
+    parts = [m._int4_parts() for m in layers]
+    scales, zeros, group_size = [p[0] for p in parts], [p[1] for p in parts], parts[0][2]
+    bits = first._act_bits
+    return int4_multi_linear(
+        input, weights, scales, zeros, biases, kernels, group_size, bits, symmetric, activation, gated
+    )
