@@ -1,6 +1,6 @@
 """Measures how fast memory is read: the bound of a layer that gets one token.
 
-    python benchmarks/bandwidth.py
+python benchmarks/bandwidth.py
 """
 
 from __future__ import annotations

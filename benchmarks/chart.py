@@ -23,7 +23,13 @@ DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 COLUMNS = 3
 DPI = 100
 WIDTH = 1200  # pixels
-COLORS = {"tcompress": "#d1495b", "torch": "#8d99ae", "torchao": "#5c677d", "onnxruntime": "#3d7ea6", "openvino": "#6a4c93"}
+COLORS = {
+    "tcompress": "#d1495b",
+    "torch": "#8d99ae",
+    "torchao": "#5c677d",
+    "onnxruntime": "#3d7ea6",
+    "openvino": "#6a4c93",
+}
 
 
 def merge(runs: list[Run]) -> Run:
@@ -65,8 +71,8 @@ def markdown(run: Run, picture: str) -> str:
         f"{about['path']}; memory is read at {about['read_gb_s']} GB/s. {versions}; Python {about['python']}.",
         "",
         "Each library in a process of its own, all in turn; times are medians over the rounds, speedups medians of the "
-        f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts the packed weight with its "
-        "scales once a call. The relative error is against float64. GHz is the clock right after the timing.",
+        f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts the packed weight with "
+        "its scales once a call. The relative error is against float64; GHz is the clock after the timing.",
         "",
         f"![Speedups over {BASELINE}]({picture})",
         "",
@@ -84,19 +90,21 @@ def chart(run: Run) -> Figure:
     found = {(r.shape, r.peer): r for r in run.results}
     columns = min(COLUMNS, len(shapes))
     panel_rows = -(-len(shapes) // columns)
-    panel, gap, top = 17 * len(peers) + 12, 46, 84  # pixels
+    panel, gap, top = 17 * len(peers) + 12, 46, 30  # pixels
     height = top + panel_rows * (panel + gap)
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
     labels, space = 185, 22  # pixels left of the first column, and between columns
     width = (WIDTH - labels - columns * space) / columns
     for i, shape in enumerate(shapes):
         line, column = divmod(i, columns)
-        left, bottom = labels + column * (width + space), height - top - (line + 1) * panel - line * gap
+        left, bottom = labels + column * (width + space), height - top - line * (panel + gap) - gap / 2 - panel
         axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, panel / height))
         _panel(axes, shape, [(peer, found.get((shape, peer))) for peer in peers], labelled=column == 0)
     about = run.machine
-    title = f"{run.op}: speedup over {BASELINE} (1×, dashed), {about['cpu']}, {about['threads']} threads, {about['path']}"
-    figure.text(0.5, 1 - 22 / height, title, ha="center", va="center", fontsize=11.5, weight="bold")
+    title = (
+        f"{run.op}: speedup over {BASELINE} (1×, dashed), {about['cpu']}, {about['threads']} threads, {about['path']}"
+    )
+    figure.text(0.5, 1 - 18 / height, title, ha="center", va="center", fontsize=11.5, weight="bold")
     return figure
 
 
@@ -109,7 +117,8 @@ def _panel(axes: Any, shape: str, results: list[tuple[str, Result | None]], labe
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     for place, value in zip(places, values, strict=True):
         text, color = (f"{value:.2f}×", "black") if value else ("not run", "#999999")
-        axes.text(value + limit * 0.012, place, text, va="center", fontsize=7.5, color=color)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # over the dashed line
+        axes.text(value + limit * 0.012, place, text, va="center", fontsize=7.5, color=color, bbox=box)
     axes.set_xlim(0, limit)
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_yticks(list(places), [peer for peer, _ in results] if labelled else [""] * len(results), fontsize=8)

@@ -14,15 +14,15 @@ LIMIT = 0.10
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Seconds since the machine started, summed over its processors. Time that a hypervisor took away counts as busy."""
+    """Seconds since the machine started, summed over its processors. What a hypervisor took counts as busy."""
 
     busy: float
     total: float
 
 
 def parse(text: str, ticks_per_second: int = 100) -> CpuTimes:
-    """Reads the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal; what follows is part of
-    the first two."""
+    """Reads the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal; the rest is part of the
+    first two."""
     name, *fields = text.splitlines()[0].split()
     if name != "cpu" or len(fields) < 4:
         raise ValueError(f"idle: text: got {text[:40]!r}, expected /proc/stat")

@@ -22,7 +22,9 @@ def torch_int4(dtype: torch.dtype) -> Callable[..., Linear]:
 
     def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Linear:
         if dtype != torch.bfloat16 and x.shape[0] * w.numel() > FLOAT32_MACS:
-            raise CannotRun(f"torch has no vector kernel for it in {dtype}; over {FLOAT32_MACS >> 20} Mi MAC it takes long")
+            raise CannotRun(
+                f"torch has no vector kernel for it in {dtype}; over {FLOAT32_MACS >> 20} Mi MAC it takes long"
+            )
         q, scale = quantize_groups(w, group)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((q.int() + 8).flatten(1), 1)
         scales = scale[..., 0].t()

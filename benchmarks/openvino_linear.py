@@ -1,8 +1,8 @@
 """OpenVINO's linear layers with compressed weights.
 
 The weight is an integer constant with its scales, which the CPU plugin keeps compressed. With `precision="f32"` the
-plugin also quantizes the activations dynamically, in groups of K, and multiplies integers. Left to itself ("default") it
-computes in bfloat16 on processors that can, and then leaves the activations alone.
+plugin also quantizes the activations dynamically, in groups of K, and multiplies integers. Left to itself ("default")
+it computes in bfloat16 on processors that can, and then leaves the activations alone.
 """
 
 from __future__ import annotations

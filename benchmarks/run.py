@@ -1,6 +1,7 @@
 """Runs the benchmarks of an op, each peer in a process of its own and all of them in turn, and prints a table.
 
-    python benchmarks/run.py --op int8_linear|int4_linear [--rounds 3] [--peer NAME ...] [--shape PART ...] [--json FILE]
+    python benchmarks/run.py --op int8_linear|int4_linear [--rounds 3] [--peer NAME ...] [--shape PART ...]
+                             [--json FILE] [--patience 30]
 
 A peer's time is the median over its rounds; the speedup is the median of the ratios to the baseline of the same round,
 with the lowest and the highest round beside it. A round is noisy where others used more than a tenth of the processors

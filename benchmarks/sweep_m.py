@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def main() -> None:
     target.write_text(json.dumps({**about, "torch": torch.__version__, "points": points}, indent=1) + "\n")
     title = f"{options.scheme}, K = {options.k}, N = {options.n}, {threads} threads"
     chart(title + (", noisy" if noisy else ""), points).savefig(picture)
-    if any(b["m"] - a["m"] == 1 for a, b in zip(points, points[1:], strict=False)):
+    if any(b["m"] - a["m"] == 1 for a, b in pairwise(points)):
         m, ratio = largest_step(points)
         print(f"largest step: from M = {m} to {m + 1}, {ratio:.2f} times the time")
     slower = [f"{p['m']} ({p['ours_us'] / p['torch_us']:.2f}×)" for p in points if p["ours_us"] > p["torch_us"]]
