@@ -21,8 +21,8 @@ class CpuTimes:
 
 
 def parse(text: str, ticks_per_second: int = 100) -> CpuTimes:
-    """Reads the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal; the rest is part of the
-    first two."""
+    """Reads the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal; the rest is part
+    of the first two."""
     name, *fields = text.splitlines()[0].split()
     if name != "cpu" or len(fields) < 4:
         raise ValueError(f"idle: text: got {text[:40]!r}, expected /proc/stat")

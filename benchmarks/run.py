@@ -74,7 +74,7 @@ class Measurement:
             for kind in ("skipped", "failure", "error"):
                 for problem in case.findall(kind):
                     shape = case.get("name").partition("[")[2].partition("-float32-")[0]
-                    reason = problem.get("message").splitlines()[0].removeprefix("Skipped: ")
+                    reason = (problem.get("message") or problem.text).splitlines()[0].removeprefix("Skipped: ")
                     if kind != "skipped":
                         self.failures.append(f"{peer} at {shape}: {problem.text}")
                         reason = f"FAILED: {reason}"
