@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo test test-all sanitize lint format bench bench-charts bench-sweep clean
 
 help:
 	@echo "make demo      set up, then compress a pretrained model and measure it"
 	@echo "make test      set up, then lint, type check and the fast tests"
 	@echo "make test-all  the slow tests too"
-	@echo "make bench     benchmarks against other libraries, each in a process of its own"
+	@echo "make sanitize  the kernels alone, under the address and undefined-behaviour sanitizers"
+	@echo "make bench     benchmarks against other libraries, each in a process of its own; most of an hour"
+	@echo "make bench-charts  tables and pictures of their results, in docs/benchmarks"
+	@echo "make bench-sweep   our layer and torch's against the number of tokens"
 	@echo "make format    format all sources"
 
 install: $(VENV)/.installed
@@ -41,6 +44,9 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -m "slow or not slow"
 
+sanitize: install
+	$(BIN)/pytest tests/csrc/test_kernels_standalone.py -m "slow or not slow"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,8 +62,18 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
 	touch $@
 
+RESULTS := docs/benchmarks
+
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --op int8_linear --json $(RESULTS)/int8_linear.json
+	$(BIN)/python benchmarks/run.py --op int4_linear --json $(RESULTS)/int4_linear.json
+
+bench-charts: $(VENV)/.bench
+	$(BIN)/python benchmarks/chart.py $(RESULTS)/int8_linear.json
+	$(BIN)/python benchmarks/chart.py $(RESULTS)/int4_linear.json
+
+bench-sweep: $(VENV)/.bench
+	$(BIN)/python benchmarks/sweep_m.py
 
 clean:
 	rm -rf build tcompress/_C*.so *.egg-info

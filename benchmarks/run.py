@@ -1,94 +1,159 @@
-"""Runs the benchmarks, each peer in a process of its own and all of them in turn, and prints one table a shape.
+"""Runs the benchmarks of an op, each peer in a process of its own and all of them in turn, and prints a table.
 
-    python benchmarks/run.py [--rounds 3] [--peer NAME ...] [--shape PART ...] [--markdown FILE]
+    python benchmarks/run.py --op int8_linear|int4_linear [--rounds 3] [--peer NAME ...] [--shape PART ...]
+                             [--json FILE] [--patience 30]
 
 A peer's time is the median over its rounds; the speedup is the median of the ratios to the baseline of the same round,
-with the lowest and the highest round beside it.
+with the lowest and the highest round beside it. A round is noisy where others used more than a tenth of the processors
+just before it (after waiting for them) or during it. `chart.py` makes a page and a picture of the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import PEERS
+import idle
+from bandwidth import read_bandwidth
+from peers import BASELINE, OPS
+from results import HEADINGS, Result, Run, add_speedups, rows
+from shapes import LINEAR_SHAPES
 
-BENCH = Path(__file__).parent / "bench_int8_linear.py"
-BASELINE = next(iter(PEERS))
-#: shape -> peer -> (milliseconds of each round, relative error)
-Results = dict[str, dict[str, tuple[list[float], float]]]
+FOLDER = Path(__file__).parent
+LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
 
 
-def measure(peers: list[str], shapes: list[str], rounds: int) -> Results:
-    """Runs each peer once a round."""
-    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    errors: dict[tuple[str, str], float] = {}
-    jobs = [(round_, peer) for round_ in range(rounds) for peer in peers]
-    for _, peer in track(jobs, "measuring", console=Console(stderr=True)):
+class Measurement:
+    """Collects the rounds of all peers, shape by shape."""
+
+    def __init__(self, op: str, patience: float) -> None:
+        self.op, self.patience = op, patience
+        self.path = "reference"
+        self.failures: list[str] = []
+        self._results: dict[tuple[str, str], Result] = {}
+        self._figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def round(self, peer: str, shapes: list[str]) -> None:
+        """Runs `peer` once, in a process of its own."""
+        noisy = not idle.wait(self.patience)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "result.json"
-            command = [sys.executable, "-m", "pytest", str(BENCH), "-q", f"--benchmark-json={path}", f"--peer={peer}"]
-            command += [f"--shape={shape}" for shape in shapes]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
-            if done.returncode:
+            times, report = Path(folder) / "times.json", Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", f"bench_{self.op}.py", "-q", f"--peer={peer}"]
+            command += [f"--benchmark-json={times}", f"--junitxml={report}", *[f"--shape={s}" for s in shapes]]
+            before, own = idle.now(), idle.own_seconds()
+            done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
+            noisy |= idle.others(before, idle.now(), idle.own_seconds() - own) > idle.LIMIT
+            if done.returncode not in (0, 1):  # 1: a case failed, which the report holds
                 raise SystemExit(f"benchmarks: {peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-            for bench in json.loads(path.read_text())["benchmarks"]:
-                info = bench["extra_info"]
-                times[info["shape"]][peer].append(bench["stats"]["median"] * 1e3)
-                errors[info["shape"], peer] = info["relative_error"]
-    return {s: {p: (ms, errors[s, p]) for p, ms in row.items()} for s, row in times.items()}
+            self._read_report(ElementTree.parse(report), peer)
+            if times.exists() and times.stat().st_size:  # not where all cases were skipped
+                for bench in json.loads(times.read_text())["benchmarks"]:
+                    if bench["extra_info"]:  # else the case failed after its timing, as the report says
+                        self._read_times(bench, noisy)
+
+    def _read_report(self, report: Any, peer: str) -> None:
+        """Takes the reasons of the cases without times."""
+        for case in report.iter("testcase"):
+            for kind in ("skipped", "failure", "error"):
+                for problem in case.findall(kind):
+                    shape = case.get("name").partition("[")[2].partition("-float32-")[0]
+                    reason = (problem.get("message") or problem.text).splitlines()[0].removeprefix("Skipped: ")
+                    if kind != "skipped":
+                        self.failures.append(f"{peer} at {shape}: {problem.text}")
+                        reason = f"FAILED: {reason}"
+                    self._results[shape, peer] = Result(shape, peer, not_run=reason)
+
+    def _read_times(self, bench: Any, noisy: bool) -> None:
+        info = bench["extra_info"]
+        key = info["shape"], info["peer"]
+        result = self._results.setdefault(key, Result(*key))
+        result.milliseconds.append(bench["stats"]["median"] * 1e3)
+        result.noisy.append(noisy)
+        result.relative_error = info["relative_error"]
+        self.path = info["path"]
+        for name in ("ghz", "macs_per_cycle", "weight_gb_s"):
+            if info[name] is not None:
+                self._figures[key][name].append(info[name])
+                setattr(result, name, statistics.median(self._figures[key][name]))
+
+    def results(self) -> list[Result]:
+        """In the order of the shapes and of the peers."""
+        keys = [(str(shape), peer) for shape in LINEAR_SHAPES for peer in OPS[self.op]]
+        found = [self._results[key] for key in keys if key in self._results]
+        add_speedups(found)
+        return found
 
 
-def rows(row: dict[str, tuple[list[float], float]], macs: int) -> list[tuple[str, ...]]:
-    """The lines of a shape's table."""
-    lines: list[tuple[str, ...]] = []
-    baseline = row.get(BASELINE)
-    for peer, (ms, error) in row.items():
-        median = statistics.median(ms)
-        speedup = "-"
-        if baseline is not None:
-            ratios = [b / t for b, t in zip(baseline[0], ms, strict=True)]
-            speedup = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        lines.append((peer, f"{median:.3f}", speedup, f"{macs / median / 1e6:.0f}", f"{error:.5f}"))
-    return lines
+def machine(path: str) -> dict[str, Any]:
+    """What was measured on, without its name."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    return {
+        "cpu": _processor(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "path": path,
+        "read_gb_s": round(read_bandwidth(), 1),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
-HEADINGS = ("peer", "ms", f"speedup over {BASELINE}", "GMAC/s", "relative error")
+def _processor() -> str:
+    info = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=list(OPS), default="int8_linear")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="append", choices=list(PEERS), default=[])
-    parser.add_argument("--shape", action="append", default=[])
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--peer", action="append", default=[], help=f"a name; {BASELINE} is always among them")
+    parser.add_argument("--shape", action="append", default=[], help="part of a shape's name")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an idle machine, each time")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
-    results = measure(options.peer or list(PEERS), options.shape, options.rounds)
-    console = Console()
-    markdown = []
-    for shape, row in results.items():
-        m, k, n = map(int, shape.rpartition("-")[2].split("x"))
-        table = Table(title=f"int8_linear {shape}, M×K×N")
-        for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == "peer" else "right")
-        markdown += [f"\n### {shape}\n", f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|"]
-        for line in rows(row, m * k * n):
-            table.add_row(*line)
-            markdown.append(f"| {' | '.join(line)} |")
-        console.print(table)
-    if options.markdown:
-        options.markdown.write_text("\n".join(markdown).lstrip() + "\n")
+    unknown = set(options.peer) - set(OPS[options.op])
+    if unknown:
+        parser.error(f"--peer: got {sorted(unknown)}, expected some of {list(OPS[options.op])}")
+    peers = [p for p in OPS[options.op] if not options.peer or p in options.peer or p == BASELINE]
+    measurement = Measurement(options.op, options.patience)
+    jobs = [peer for _ in range(options.rounds) for peer in peers]
+    for peer in track(jobs, "measuring", console=Console(stderr=True)):
+        measurement.round(peer, options.shape)
+    run = Run(options.op, machine(measurement.path), measurement.results())
+    if options.json:
+        run.save(options.json)
+    table = Table(title=f"{run.op}: {run.machine['cpu']}, {run.machine['threads']} threads, {run.machine['path']}")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in (*HEADINGS[:2], "notes") else "right")
+    for line in rows(run.results):
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if measurement.failures:
+        raise SystemExit("benchmarks: failed:\n" + "\n".join(measurement.failures))
 
 
 if __name__ == "__main__":

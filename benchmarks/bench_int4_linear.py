@@ -1,0 +1,15 @@
+"""int4 linear layers. `python benchmarks/run.py --op int4_linear` (make bench) runs each peer in a process of its own;
+plain `pytest benchmarks/bench_int4_linear.py` runs torch's and ours in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linear import bench
+from shapes import LinearShape
+
+OP = "int4_linear"
+
+
+def test_int4_linear(benchmark: Any, shape: LinearShape, peer: str) -> None:
+    bench(benchmark, OP, shape, peer)
