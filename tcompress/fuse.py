@@ -10,7 +10,10 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from tcompress.nn.feed_forward import FeedForward
 from tcompress.nn.gated_feed_forward import GatedFeedForward
 from tcompress.nn.quantized_linear import QuantizedLinear
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -34,7 +37,7 @@ def fuse(model: nn.Module) -> list[str]:
     Returns:
         The paths of the linear layers that now apply an activation themselves, and of the gated networks.
     """
-    places = Counter(id(child) for parent in model.modules() for child in parent.children())
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     fused: list[str] = []
     for name, parent in list(model.named_modules()):
         if isinstance(parent, FeedForward):
@@ -48,11 +51,7 @@ def fuse(model: nn.Module) -> list[str]:
 
 def activation_of(module: nn.Module) -> str | None:
     """The name of the activation that a module without state computes, found by trying it; or None."""
-    if (
-        isinstance(module, nn.Identity)
-        or any(True for _ in module.state_dict())
-        or any(True for _ in module.children())
-    ):
+    if isinstance(module, nn.Identity) or module.state_dict() or list(module.children()):
         return None
     if not type(module).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
         return None
@@ -65,7 +64,7 @@ def activation_of(module: nn.Module) -> str | None:
     return None
 
 
-def _can_take(linear: object, places: Counter[int]) -> bool:
+def _can_take(linear: object, places: Counter[int]) -> TypeGuard[QuantizedLinear]:
     return (
         isinstance(linear, QuantizedLinear)
         and linear.activation == linear.fused_activation == "none"
@@ -74,9 +73,10 @@ def _can_take(linear: object, places: Counter[int]) -> bool:
 
 
 def _fuse_feed_forward(name: str, parent: FeedForward, places: Counter[int]) -> list[str]:
-    if not _can_take(parent.linear1, places):
+    linear: nn.Module = parent.linear1
+    if not _can_take(linear, places):
         return []
-    parent.linear1.fused_activation = parent.activation
+    linear.fused_activation = parent.activation
     return [f"{name}.linear1".lstrip(".")]
 
 
@@ -85,7 +85,7 @@ def _fuse_sequential(name: str, parent: nn.Sequential, places: Counter[int]) -> 
         return []
     fused = []
     children = list(parent._modules.items())
-    for (first, linear), (second, act) in zip(children, children[1:], strict=False):
+    for (first, linear), (second, act) in pairwise(children):
         if _can_take(linear, places) and act is not None:
             activation = activation_of(act)
             if activation is not None and not act._forward_hooks and not act._forward_pre_hooks:
@@ -99,19 +99,20 @@ def _fuse_calls(model: nn.Module, name: str, parent: nn.Module, places: Counter[
     fused = []
     if not any(isinstance(child, QuantizedLinear) for child in parent.children()):
         return []
-    for outer, inner in _chained_calls(type(parent)):
+    cls: type = type(parent)
+    for outer, inner in _chained_calls(cls):
         linear, act = parent._modules.get(inner), parent._modules.get(outer)
         if act is None or not _can_take(linear, places) or act._forward_hooks or act._forward_pre_hooks:
             continue
         activation = activation_of(act)
         if activation is not None:
-            linear.fused_activation = activation  # type: ignore[union-attr]
+            linear.fused_activation = activation
             parent._modules[outer] = nn.Identity().train(act.training)
             fused.append(f"{name}.{inner}".lstrip("."))
-    gated = _gated(type(parent))
+    gated = _gated(cls)
     if gated is not None and name:
         replacement = GatedFeedForward.around(parent, gated)
-        if replacement is not None and all(places[id(child)] == 1 for child in parent.children()):
+        if replacement is not None and all(places[id(child)] <= 1 for child in parent.children()):
             _replace(model, parent, replacement)
             fused.append(name)
     return fused
@@ -128,7 +129,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @cache
-def _methods(cls: type[nn.Module]) -> dict[str, ast.FunctionDef] | None:
+def _methods(cls: type) -> dict[str, ast.FunctionDef] | None:
     """The methods of a module's class by name, those of base classes included; None where there is no source."""
     methods: dict[str, ast.FunctionDef] = {}
     for base in reversed(cls.__mro__):
@@ -140,9 +141,7 @@ def _methods(cls: type[nn.Module]) -> dict[str, ast.FunctionDef] | None:
             return None
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
         methods |= {item.name: item for item in body if isinstance(item, ast.FunctionDef)}
-    forward = methods.get("forward")
-    written = getattr(cls.forward, "__wrapped__", cls.forward)
-    return methods if forward is not None and forward.name == getattr(written, "__name__", "") else None
+    return methods if "forward" in methods else None
 
 
 def _self_call(node: ast.expr | None) -> tuple[str, ast.expr] | None:
@@ -173,7 +172,7 @@ def _uses(methods: dict[str, ast.FunctionDef]) -> Counter[str]:
 
 
 @cache
-def _chained_calls(cls: type[nn.Module]) -> tuple[tuple[str, str], ...]:
+def _chained_calls(cls: type) -> tuple[tuple[str, str], ...]:
     """Pairs (outer, inner) of `self.outer(self.inner(x))` in forward, each read nowhere else in the class."""
     methods = _methods(cls)
     if methods is None:
@@ -193,7 +192,7 @@ def _chained_calls(cls: type[nn.Module]) -> tuple[tuple[str, str], ...]:
 def _chained_statements(body: list[ast.stmt]) -> list[tuple[str, str]]:
     """`h = self.inner(x)` and, next, `h = self.outer(h)`."""
     pairs = []
-    for first, second in zip(body, body[1:], strict=False):
+    for first, second in pairwise(body):
         names = [_assigned_name(s) for s in (first, second)]
         if names[0] is None or names[0] != names[1]:
             continue
@@ -211,7 +210,7 @@ def _assigned_name(statement: ast.stmt) -> str | None:
 
 
 @cache
-def _gated(cls: type[nn.Module]) -> tuple[str, str, str, str] | None:
+def _gated(cls: type) -> tuple[str, str, str, str] | None:
     """(down, act, gate, up) of a forward that is `return self.down(self.act(self.gate(x)) * self.up(x))`, with or
     without a name for the result, and nothing else."""
     methods = _methods(cls)

@@ -1,6 +1,7 @@
 """Drop-in modules: quantized ones, and the parts of a Transformer."""
 
 from tcompress.nn.feed_forward import FeedForward
+from tcompress.nn.gated_feed_forward import GatedFeedForward
 from tcompress.nn.layer_norm import LayerNorm
 from tcompress.nn.multihead_attention import MultiHeadAttention
 from tcompress.nn.positional_encoding import PositionalEncoding
@@ -10,6 +11,7 @@ from tcompress.nn.transformer_encoder import TransformerEncoder, TransformerEnco
 
 __all__ = [
     "FeedForward",
+    "GatedFeedForward",
     "LayerNorm",
     "MultiHeadAttention",
     "PositionalEncoding",

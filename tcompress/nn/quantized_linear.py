@@ -59,6 +59,9 @@ class QuantizedLinear(PackedModule):
         self.fused_activation = "none"
         self._act_bits = scheme.activations.bits if scheme.activations else None
         self._act_symmetric = scheme.activations.symmetric if scheme.activations else True
+        args = scheme.weights  # in plain values, which torch.compile can compare
+        weights = (args.bits > 4, args.group_size, args.symmetric, args.scale_dtype)
+        self._kind = (in_features, self._act_bits, self._act_symmetric, *weights)
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias = nn.Parameter(zeros, requires_grad=False)
@@ -174,9 +177,9 @@ def multi_linear(input: torch.Tensor, layers: Sequence[QuantizedLinear], gated: 
         ValueError: layers that differ in these.
     """
     first = layers[0]
-    alike = {(m.scheme, m.in_features) for m in layers}
-    activations = {m._applied_activation for m in (layers[:1] if gated else layers)}
-    if len(alike) > 1 or len(activations) > 1 or (gated and layers[1]._applied_activation != "none"):
+    alike = all(m._kind == first._kind for m in layers)
+    expected = "none" if gated else first._applied_activation
+    if not alike or any(m._applied_activation != expected for m in layers[1:]):
         raise ValueError(message("multi_linear", "layers", [repr(m) for m in layers], "one scheme and one activation"))
     if input.shape[-1:] != (first.in_features,):
         raise ValueError(message("multi_linear", "input", list(input.shape), f"[..., {first.in_features}]"))
