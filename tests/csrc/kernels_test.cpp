@@ -106,6 +106,7 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
                            bits,
                            symmetric,
                            cpu::Activation::kNone,
+                           nullptr,
                            sums.data(),
                            cpu::DType::kInt32};
   cpu::int8_linear(args, threads);
@@ -192,9 +193,20 @@ void run_types(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, 
       for (cpu::Activation activation : kActivations) {
         Guarded<uint8_t> y(y_bytes, at_end);
         std::vector<uint8_t> plain(y_bytes + 1);
-        cpu::Int8LinearArgs args{
-            x.data(),          x_type,    m,          n,        k,     packed.data(), weight_scale.data(), bias.data(),
-            symmetric ? 8 : 7, symmetric, activation, y.data(), y_type};
+        cpu::Int8LinearArgs args{x.data(),
+                                 x_type,
+                                 m,
+                                 n,
+                                 k,
+                                 packed.data(),
+                                 weight_scale.data(),
+                                 bias.data(),
+                                 symmetric ? 8 : 7,
+                                 symmetric,
+                                 activation,
+                                 nullptr,
+                                 y.data(),
+                                 y_type};
         cpu::int8_linear(args, 1);
         args.y = plain.data();
         cpu::int8_linear(args, 1);

@@ -116,4 +116,4 @@ def test_flops_and_bytes():
     assert OP.flops(*arguments) == 2 * 6 * 5 * 8
     # int8 weight, float32 scale and bias, bfloat16 in and out
     assert OP.nbytes(*arguments) == 5 * 8 + 5 * (4 + 4) + (6 * 8 + 6 * 5) * 2
-    assert OP.flops(torch.zeros(3, 0), torch.zeros(5, 0, dtype=torch.int8)) == 0
+    assert OP.flops(torch.zeros(3, 0), torch.zeros(5, 0, dtype=torch.int8), SCALE) == 0
