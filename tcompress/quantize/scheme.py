@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tcompress import backend
 from tcompress.errors import message
 
 
@@ -105,7 +106,13 @@ class Scheme(BaseModel):
 
     @classmethod
     def named(cls, name: str) -> Scheme:
-        """The scheme called `name`; raises ValueError with the known names."""
+        """The scheme called `name`, or for "int8" the one that suits this machine (`int8_scheme`).
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name == "int8":
+            return int8_scheme()
         if name not in SCHEMES:
             raise ValueError(message("Scheme", "name", repr(name), f"one of {sorted(SCHEMES)}"))
         return SCHEMES[name]
@@ -140,3 +147,13 @@ SCHEMES: dict[str, Scheme] = {
     "W6A7": Scheme(weights=_weights(6), activations=_A7),
     "W8A16": Scheme(weights=_weights(8)),
 } | {scheme.name: scheme for scheme in _int4_schemes()}
+
+
+def int8_scheme() -> Scheme:
+    """The 8-bit scheme that is fastest here at its accuracy.
+
+    W8A8 where the processor multiplies bytes exactly in one instruction (VNNI, AMX, the dot product of ARM) and on other
+    devices; W7A7, which sums in 16 bits (docs/design/002), on a CPU without. The result is a scheme like any other: it
+    is what a recipe and a checkpoint record, and it computes the same numbers on every machine.
+    """
+    return SCHEMES["W7A7" if backend.cpu_path() in ("scalar", "avx2") else "W8A8"]
