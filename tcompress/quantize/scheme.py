@@ -152,8 +152,8 @@ SCHEMES: dict[str, Scheme] = {
 def int8_scheme() -> Scheme:
     """The 8-bit scheme that is fastest here at its accuracy.
 
-    W8A8 where the processor multiplies bytes exactly in one instruction (VNNI, AMX, the dot product of ARM) and on other
-    devices; W7A7, which sums in 16 bits (docs/design/002), on a CPU without. The result is a scheme like any other: it
-    is what a recipe and a checkpoint record, and it computes the same numbers on every machine.
+    W8A8 where the processor multiplies bytes exactly in one instruction (VNNI, AMX, the dot product of ARM) and on
+    other devices; W7A7, which sums in 16 bits (docs/design/002), on a CPU without. The result is a scheme like any
+    other: it is what a recipe and a checkpoint record, and it computes the same numbers on every machine.
     """
     return SCHEMES["W7A7" if backend.cpu_path() in ("scalar", "avx2") else "W8A8"]
