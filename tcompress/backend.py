@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -160,7 +161,13 @@ def call(op: str, *args: Any) -> Any:
     """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
     if select(op, *args) == "reference":
         return _Reference.apply(op, *args)
-    return getattr(torch.ops.tcompress, op)(*args)
+    return _dispatched(op)(*args)
+
+
+@cache
+def _dispatched(op: str) -> Callable[..., Any]:
+    """torch's callable for an op; looking it up takes longer than a small op."""
+    return getattr(torch.ops.tcompress, op)
 
 
 class _Reference(torch.autograd.Function):

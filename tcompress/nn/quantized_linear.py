@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from tcompress import backend
 from tcompress.errors import message
 from tcompress.nn.kernel_layout import KernelWeight
 from tcompress.nn.packed_module import PackedModule
-from tcompress.ops import int4_linear, int4_multi_linear, int8_linear, int8_multi_linear
-from tcompress.ops.int8_linear import ACTIVATIONS
+from tcompress.ops import int4_linear, int4_multi_linear, int8_multi_linear
+from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
+from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
@@ -59,6 +61,7 @@ class QuantizedLinear(PackedModule):
         self.fused_activation = "none"
         self._act_bits = scheme.activations.bits if scheme.activations else None
         self._act_symmetric = scheme.activations.symmetric if scheme.activations else True
+        self._int4 = scheme.weights.bits <= 4
         args = scheme.weights  # in plain values, which torch.compile can compare
         weights = (args.bits > 4, args.group_size, args.symmetric, args.scale_dtype)
         self._kind = (in_features, self._act_bits, self._act_symmetric, *weights)
@@ -113,20 +116,28 @@ class QuantizedLinear(PackedModule):
         Returns [..., N] in the input's type."""
         if input.shape[-1:] != (self.in_features,):  # the kernel layout alone, being padded, could not tell
             raise ValueError(message("QuantizedLinear", "input", list(input.shape), f"[..., {self.in_features}]"))
-        if self.scheme.weights.bits > 4:
-            assert self._act_bits is not None
-            assert self.scale is not None
-            return int8_linear(
+        if not self._int4:
+            # The module's own tensors fit together: of the op's checks those of the input are left. Buffers are read
+            # from their dict, because nn.Module's attributes cost as much as a small layer.
+            if input.dtype not in FLOAT_DTYPES:
+                check_float(input, "int8_linear", "x")
+            if residual is not None:
+                check_residual("int8_linear", residual, input, self.out_features, None)
+            held = self._buffers
+            y: torch.Tensor = backend.call(
+                "int8_linear",
                 input,
-                self.qdata,
-                self.scale,
-                self.bias,
-                self.kernel_weight,
+                held["qdata"],
+                held["scale"],
+                self._parameters["bias"],
+                held["kernel_weight"],
                 self._act_bits,
                 self._act_symmetric,
                 self._applied_activation,
-                residual=residual,
+                None,
+                residual,
             )
+            return y
         scale, zero_point, group_size = self._int4_parts()
         return int4_linear(
             input,
@@ -185,7 +196,7 @@ def multi_linear(input: torch.Tensor, layers: Sequence[QuantizedLinear], gated: 
         raise ValueError(message("multi_linear", "input", list(input.shape), f"[..., {first.in_features}]"))
     weights, biases, kernels = [m.qdata for m in layers], [m.bias for m in layers], [m.kernel_weight for m in layers]
     symmetric, activation = first._act_symmetric, first._applied_activation
-    if first.scheme.weights.bits > 4:
+    if not first._int4:
         assert first._act_bits is not None
         scales = [m.weight_scale for m in layers]
         return int8_multi_linear(input, weights, scales, biases, kernels, first._act_bits, symmetric, activation, gated)

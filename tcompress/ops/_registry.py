@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from tcompress import backend
+from tcompress import _extension, backend
 
 _library = torch.library.Library("tcompress", "DEF")
 
@@ -57,8 +57,6 @@ def define(op: Op) -> Op:
 
 def cpu_unsupported(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
     """The reasons that all CPU kernels share."""
-    from tcompress import _extension
-
     if _extension.C is None:
         return _extension.WHY_NOT
     if x.device.type != "cpu":
