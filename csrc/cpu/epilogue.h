@@ -63,63 +63,73 @@ inline void finish_row(int64_t n, const float* weight_scale, const RowEnd<Out>& 
 }
 
 template <class Out, class Args>
-inline RowEnd<Out> row_end(const Args& args) {
-  return {args.bias, static_cast<const Out*>(args.factor), static_cast<const Out*>(args.residual),
-          static_cast<Out*>(args.y)};
+inline RowEnd<Out> row_end(const Args& args, int64_t row) {
+  const int64_t at = row * args.y_stride;
+  return {args.bias, from(static_cast<const Out*>(args.factor), at), from(static_cast<const Out*>(args.residual), at),
+          static_cast<Out*>(args.y) + at};
 }
 
 template <class V, Activation kActivation, class Out>
-void epilogue_row(const EpilogueArgs& args) {
-  const V scale = V::set1(args.scale);
-  finish_row<V, kActivation, Out>(args.n, args.weight_scale, row_end<Out>(args),
-                                  [&](int64_t i, const float* weight_scale) {
-                                    V::subtract_product(args.acc + i, args.zero_point, args.column_sum + i);
-                                    return V::from_int32(args.acc + i) * scale * V::load(weight_scale);
-                                  });
+void epilogue_rows(const EpilogueArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const V scale = V::set1(args.scale[r]);
+    const int32_t zero_point = args.zero_point[r];
+    const int32_t* acc = args.acc + r * args.acc_stride;
+    finish_row<V, kActivation, Out>(
+        args.n, args.weight_scale, row_end<Out>(args, r), [&](int64_t i, const float* weight_scale) {
+          return V::from_difference(acc + i, zero_point, args.column_sum + i) * scale * V::load(weight_scale);
+        });
+  }
 }
 
 template <class V>
-void epilogue_row_integers(const EpilogueArgs& args) {
-  for (int64_t i = 0; i < args.n; i += V::kLanes)
-    V::subtract_product(args.acc + i, args.zero_point, args.column_sum + i);
-  int32_t* y = static_cast<int32_t*>(args.y);
-  for (int64_t i = 0; i < args.n; ++i) y[i] = args.acc[i];
+void epilogue_rows_integers(const EpilogueArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    int32_t* acc = args.acc + r * args.acc_stride;
+    int32_t* y = static_cast<int32_t*>(args.y) + r * args.y_stride;
+    for (int64_t i = 0; i < args.n; i += V::kLanes)
+      V::subtract_product(acc + i, args.zero_point[r], args.column_sum + i);
+    for (int64_t i = 0; i < args.n; ++i) y[i] = acc[i];
+  }
 }
 
 template <class V, Activation kActivation, class Out>
-void float_epilogue_row(const FloatEpilogueArgs& args) {
-  const V scale = V::set1(args.scale);
-  finish_row<V, kActivation, Out>(args.n, nullptr, row_end<Out>(args),
-                                  [&](int64_t i, const float*) { return V::load(args.acc + i) * scale; });
+void float_epilogue_rows(const FloatEpilogueArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const V scale = V::set1(args.scale[r]);
+    const float* acc = args.acc + r * args.acc_stride;
+    finish_row<V, kActivation, Out>(args.n, nullptr, row_end<Out>(args, r),
+                                    [&](int64_t i, const float*) { return V::load(acc + i) * scale; });
+  }
 }
 
-using EpilogueRow = void (*)(const EpilogueArgs&);
-using FloatEpilogueRow = void (*)(const FloatEpilogueArgs&);
+using Epilogue = void (*)(const EpilogueArgs&);
+using FloatEpilogue = void (*)(const FloatEpilogueArgs&);
 
 template <class V, Activation kActivation>
-EpilogueRow epilogue_for_dtype(DType dtype) {
+Epilogue epilogue_for_dtype(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return epilogue_row<V, kActivation, float>;
+      return epilogue_rows<V, kActivation, float>;
     case DType::kBFloat16:
-      return epilogue_row<V, kActivation, BFloat16>;
+      return epilogue_rows<V, kActivation, BFloat16>;
     case DType::kFloat16:
-      return epilogue_row<V, kActivation, Float16>;
+      return epilogue_rows<V, kActivation, Float16>;
     case DType::kInt32:
-      return epilogue_row_integers<V>;
+      return epilogue_rows_integers<V>;
   }
   return nullptr;
 }
 
 template <class V, Activation kActivation>
-FloatEpilogueRow float_epilogue_for_dtype(DType dtype) {
+FloatEpilogue float_epilogue_for_dtype(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return float_epilogue_row<V, kActivation, float>;
+      return float_epilogue_rows<V, kActivation, float>;
     case DType::kBFloat16:
-      return float_epilogue_row<V, kActivation, BFloat16>;
+      return float_epilogue_rows<V, kActivation, BFloat16>;
     case DType::kFloat16:
-      return float_epilogue_row<V, kActivation, Float16>;
+      return float_epilogue_rows<V, kActivation, Float16>;
     case DType::kInt32:
       break;  // the binding refuses it
   }
@@ -145,12 +155,12 @@ auto with_activation(Activation activation, const F& f) {
 }
 
 template <class V>
-EpilogueRow epilogue_for(Activation activation, DType dtype) {
+Epilogue epilogue_for(Activation activation, DType dtype) {
   return with_activation(activation, [&](auto a) { return epilogue_for_dtype<V, a.value>(dtype); });
 }
 
 template <class V>
-FloatEpilogueRow float_epilogue_for(Activation activation, DType dtype) {
+FloatEpilogue float_epilogue_for(Activation activation, DType dtype) {
   return with_activation(activation, [&](auto a) { return float_epilogue_for_dtype<V, a.value>(dtype); });
 }
 

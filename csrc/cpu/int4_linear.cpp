@@ -124,12 +124,9 @@ void run_group(const Plan& plan, const Part& part, const Workspace& work, int64_
     return data == nullptr ? nullptr : static_cast<const char*>(data) + offset;
   };
   multiply_group(plan, part, work, rows, panel, panels);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t offset = ((m0 + r) * args.n + n0) * plan.y_element_bytes;
-    part.epilogue({work.acc + r * panels * kPanel, columns, work.scale[r],
-                   args.bias == nullptr ? nullptr : args.bias + n0, at(part.factor, offset), at(args.residual, offset),
-                   static_cast<char*>(part.y) + offset});
-  }
+  const int64_t offset = (m0 * args.n + n0) * plan.y_element_bytes;
+  part.epilogue({work.acc, panels * kPanel, rows, columns, work.scale, args.bias == nullptr ? nullptr : args.bias + n0,
+                 args.n, at(part.factor, offset), at(args.residual, offset), static_cast<char*>(part.y) + offset});
 }
 
 void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {

@@ -116,11 +116,14 @@ struct Int4TileArgs {
 
 using Int4Tile = void (*)(const Int4TileArgs&);
 
+// `rows` rows of n columns each.
 struct FloatEpilogueArgs {
-  const float* acc;  // [n], padded to a whole panel
-  int64_t n;
-  float scale;
-  const float* bias;     // or null
+  const float* acc;  // [rows][acc_stride], padded to a whole panel
+  int64_t acc_stride;
+  int64_t rows, n;
+  const float* scale;    // [rows]
+  const float* bias;     // [n] or null
+  int64_t y_stride;      // elements from row to row of factor, residual and y
   const void* factor;    // or null
   const void* residual;  // or null
   void* y;

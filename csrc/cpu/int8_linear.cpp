@@ -17,6 +17,8 @@ namespace tcompress::cpu {
 namespace {
 
 constexpr int64_t kBlockBytes = 128 << 10;  // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kChunkedBlockBytes = 512
+                                       << 10;  // where K goes in chunks: more rows share what a chunk of weights costs
 
 const Int8LinearPath& path_table(Path path) {
   switch (path) {
@@ -42,6 +44,7 @@ struct Workspace {
   uint8_t* a;    // [block_rows][a_stride]
   float* scale;  // [block_rows]
   int32_t* zero_point;
+  int32_t* acc;  // [block_rows or, where K is not cut into chunks, a tile's rows][kGroup]
 };
 
 // One of the weights that share the activations.
@@ -57,7 +60,7 @@ struct Part {
 struct Plan {
   const Int8LinearPath& path;
   void (*tile)(const Int8TileArgs&);
-  int64_t steps, a_stride, block_rows;
+  int64_t steps, chunk_steps, a_stride, block_rows;
   int64_t x_row_bytes, y_element_bytes;
   std::vector<Part> parts;
   bool gated;  // parts[1] is multiplied into the result of parts[0], group by group
@@ -75,7 +78,6 @@ void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspac
 
 // The tiles of one group of panels for a block of rows.
 void run_group(const Plan& plan, const Part& part, const Workspace& work, int64_t m0, int64_t rows, int64_t panel) {
-  alignas(kCacheLine) int32_t acc[kMaxTileRows * kGroup];
   const Int8LinearArgs& args = part.args;
   const Int8KernelLayout& layout = part.layout;
   const int panels = static_cast<int>(smaller(layout.n_panels - panel, kGroupPanels));
@@ -86,16 +88,29 @@ void run_group(const Plan& plan, const Part& part, const Workspace& work, int64_
   const auto at = [](const void* data, int64_t offset) {
     return data == nullptr ? nullptr : static_cast<const char*>(data) + offset;
   };
-  for (int64_t r = 0; r < rows; r += plan.path.max_rows) {
+  const int width = panels * kPanel;
+  const auto multiply = [&](int64_t r, int64_t step, int64_t steps, int32_t* acc) {
     const int tile_rows = static_cast<int>(smaller(rows - r, plan.path.max_rows));
-    plan.tile({work.a + r * plan.a_stride, plan.a_stride, tile_rows, weights, panels, layout.steps, runs, acc});
-    for (int i = 0; i < tile_rows; ++i) {
-      const int64_t offset = ((m0 + r + i) * args.n + n0) * plan.y_element_bytes;
-      part.epilogue({acc + i * panels * kPanel, columns, work.zero_point[r + i], work.scale[r + i], column_sum,
-                     args.weight_scale + n0, args.bias == nullptr ? nullptr : args.bias + n0, at(part.factor, offset),
-                     at(args.residual, offset), static_cast<char*>(part.y) + offset});
+    plan.tile({work.a + r * plan.a_stride + step * kQuad, plan.a_stride, tile_rows, weights + step * width * kQuad,
+               panels, steps, runs, acc, step > 0});
+  };
+  const auto finish = [&](int64_t r, int64_t count, int32_t* acc) {
+    const int64_t offset = ((m0 + r) * args.n + n0) * plan.y_element_bytes;
+    part.epilogue({acc, width, count, columns, work.zero_point + r, work.scale + r, column_sum, args.weight_scale + n0,
+                   args.bias == nullptr ? nullptr : args.bias + n0, args.n, at(part.factor, offset),
+                   at(args.residual, offset), static_cast<char*>(part.y) + offset});
+  };
+  if (plan.chunk_steps >= layout.steps) {
+    for (int64_t r = 0; r < rows; r += plan.path.max_rows) {
+      multiply(r, 0, layout.steps, work.acc);
+      finish(r, smaller(rows - r, plan.path.max_rows), work.acc);
     }
+    return;
   }
+  for (int64_t step = 0; step < layout.steps; step += plan.chunk_steps)
+    for (int64_t r = 0; r < rows; r += plan.path.max_rows)
+      multiply(r, step, smaller(layout.steps - step, plan.chunk_steps), work.acc + r * width);
+  finish(0, rows, work.acc);
 }
 
 void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
@@ -123,6 +138,7 @@ void int8_multi_linear(const Int8LinearArgs* all, int count, bool gated, int num
   Plan plan{path,
             args.act_symmetric ? path.tile_signed : path.tile_unsigned,
             steps,
+            path.chunk_steps > 0 && args.m > path.max_rows ? path.chunk_steps : steps,
             a_stride,
             0,
             args.k * element_bytes(args.x_dtype),
@@ -143,15 +159,19 @@ void int8_multi_linear(const Int8LinearArgs* all, int count, bool gated, int num
   if (args.m == 0 || panels == 0) return;
   const int threads = useful_threads(macs, kMinMacsPerThread, num_threads);
   const Grid grid(args.m, panels, {path.row_unit, static_cast<double>(path.macs_per_cycle), 1}, threads);
-  const int64_t fitting_rows = kBlockBytes / a_stride / path.max_rows * path.max_rows;
+  const int64_t block_bytes = path.chunk_steps > 0 ? kChunkedBlockBytes : kBlockBytes;
+  const int64_t fitting_rows = block_bytes / a_stride / path.max_rows * path.max_rows;
   plan.block_rows = smaller(fitting_rows > path.max_rows ? fitting_rows : path.max_rows, grid.cell_rows());
 
-  const int64_t work_bytes = round_up(plan.block_rows * (a_stride + 8), kCacheLine);
+  const int64_t acc_rows = plan.chunk_steps < steps ? plan.block_rows : path.max_rows;
+  const int64_t a_bytes = plan.block_rows * a_stride, acc_bytes = acc_rows * kGroup * 4;
+  const int64_t work_bytes = round_up(a_bytes + acc_bytes + plan.block_rows * 8, kCacheLine);
   uint8_t* memory = scratch(work_bytes * grid.cells());
   parallel_tasks(grid.cells(), [&](int t) {
     uint8_t* a = memory + t * work_bytes;
-    float* scale = reinterpret_cast<float*>(a + plan.block_rows * a_stride);
-    const Workspace work{a, scale, reinterpret_cast<int32_t*>(scale + plan.block_rows)};
+    float* scale = reinterpret_cast<float*>(a + a_bytes + acc_bytes);
+    const Workspace work{a, scale, reinterpret_cast<int32_t*>(scale + plan.block_rows),
+                         reinterpret_cast<int32_t*>(a + a_bytes)};
     const Cell cell = grid.cell(t);
     if (cell.m0 < cell.m1 && cell.p0 < cell.p1) run_cell(plan, work, cell);
   });

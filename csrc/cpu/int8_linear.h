@@ -81,18 +81,22 @@ struct Int8TileArgs {
   int64_t steps;          // K/4
   const uint8_t* runs;    // its flush schedule
   int32_t* acc;           // [rows][n_panels * kPanel], sum_k a*w, the zero point not yet subtracted
+  bool accumulate;        // add to acc; only where the path has chunk_steps
 };
 
+// `rows` rows of n columns each.
 struct EpilogueArgs {
-  int32_t* acc;  // [n]; overwritten
-  int64_t n;
-  int32_t zero_point;
-  float scale;
-  const int32_t* column_sum;
-  const float* weight_scale;
-  const float* bias;     // or null
-  const void* factor;    // or null
-  const void* residual;  // or null
+  int32_t* acc;  // [rows][acc_stride], padded to a whole panel; overwritten
+  int64_t acc_stride;
+  int64_t rows, n;
+  const int32_t* zero_point;  // [rows]
+  const float* scale;         // [rows]
+  const int32_t* column_sum;  // [n], padded to a whole panel
+  const float* weight_scale;  // [n]
+  const float* bias;          // [n] or null
+  int64_t y_stride;           // elements from row to row of factor, residual and y
+  const void* factor;         // or null
+  const void* residual;       // or null
   void* y;
 };
 
@@ -100,6 +104,7 @@ struct Int8LinearPath {
   int max_rows;            // rows of a tile call
   int row_unit;            // rows of a register tile: threads split M, and buffers are made, in multiples of it
   int macs_per_cycle;      // about what the tiles reach; only the split over threads depends on it
+  int64_t chunk_steps;     // steps that all row tiles pass over before the next: their weights fit the L1; 0: all of K
   uint8_t symmetric_flip;  // 0x80 where the multiplier wants unsigned activations; the zero point is then 128
   QuantizeRow quantize_row;
   void (*tile_signed)(const Int8TileArgs&);    // symmetric activations

@@ -23,8 +23,9 @@ namespace tcompress::cpu {
 namespace {
 
 constexpr int kMaxRows = 2 * kTileRows;
-constexpr int kFewRows = 8;  // fewer rows than this: AVX-512 VNNI
-static_assert(kMaxRows <= kMaxTileRows);
+constexpr int kFewRows = 8;          // fewer rows than this: AVX-512 VNNI
+constexpr int64_t kChunkSteps = 96;  // 96 * 192 bytes = 18 KB of weights, beside 12 KB of activations
+static_assert(kMaxRows <= kMaxTileRows && kChunkSteps % kTileSteps == 0);
 
 constexpr TileConfig kFullTiles(kTileRows, kTileSteps);
 
@@ -61,15 +62,30 @@ template <int kPanels, bool kTwoTiles>
 void tile(const Int8TileArgs& args) {
   constexpr int64_t kStepStride = kPanels * kPanel * kQuad;
   _tile_loadconfig(&kFullTiles);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  constexpr int64_t kAccStride = kPanels * kPanel * sizeof(int32_t);
+  int32_t* acc = args.acc;
+  int32_t* second = acc + kTileRows * kPanels * kPanel;
+  if (args.accumulate) {
+    _tile_loadd(0, acc, kAccStride);
+    if constexpr (kPanels > 1) _tile_loadd(1, acc + kPanel, kAccStride);
+    if constexpr (kPanels > 2) _tile_loadd(2, acc + 2 * kPanel, kAccStride);
+    if constexpr (kTwoTiles) {
+      _tile_loadd(3, second, kAccStride);
+      if constexpr (kPanels > 1) _tile_loadd(4, second + kPanel, kAccStride);
+      if constexpr (kPanels > 2) _tile_loadd(5, second + 2 * kPanel, kAccStride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  }
   int64_t step = 0;
-  for (; step + kTileSteps <= args.steps; step += kTileSteps)
+  for (; step + kTileSteps <= args.steps; step += kTileSteps) {
     multiply<kPanels, kTwoTiles>(args.a + step * kQuad, args.a_stride, args.weights + step * kStepStride, kStepStride);
+  }
   if (step < args.steps) {
     alignas(64) uint8_t a[kMaxRows * kTileBytes] = {};
     alignas(64) int8_t w[kTileSteps * kStepStride] = {};
@@ -79,16 +95,13 @@ void tile(const Int8TileArgs& args) {
     __builtin_memcpy(w, args.weights + step * kStepStride, left * kStepStride);
     multiply<kPanels, kTwoTiles>(a, kTileBytes, w, kStepStride);
   }
-  constexpr int64_t kAccStride = kPanels * kPanel * sizeof(int32_t);
-  int32_t* acc = args.acc;
   _tile_stored(0, acc, kAccStride);
   if constexpr (kPanels > 1) _tile_stored(1, acc + kPanel, kAccStride);
   if constexpr (kPanels > 2) _tile_stored(2, acc + 2 * kPanel, kAccStride);
   if constexpr (kTwoTiles) {
-    acc += kTileRows * kPanels * kPanel;
-    _tile_stored(3, acc, kAccStride);
-    if constexpr (kPanels > 1) _tile_stored(4, acc + kPanel, kAccStride);
-    if constexpr (kPanels > 2) _tile_stored(5, acc + 2 * kPanel, kAccStride);
+    _tile_stored(3, second, kAccStride);
+    if constexpr (kPanels > 1) _tile_stored(4, second + kPanel, kAccStride);
+    if constexpr (kPanels > 2) _tile_stored(5, second + 2 * kPanel, kAccStride);
   }
   _tile_release();
 }
@@ -104,8 +117,8 @@ void tile_any(const Int8TileArgs& args) {
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAmx = {kMaxRows, kTileRows,        500, 0x80, quantize_row_avx512, tile_any,
-                                       tile_any, epilogue_for<Vec>};
+const Int8LinearPath kInt8LinearAmx = {
+    kMaxRows, kTileRows, 500, kChunkSteps, 0x80, quantize_row_avx512, tile_any, tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu
 

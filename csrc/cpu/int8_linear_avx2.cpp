@@ -52,8 +52,8 @@ void unsigned_any(const Int8TileArgs& args) {
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAvx2 = {kMaxRows,          kUnsignedRows, 32,           0,
-                                        quantize_row_avx2, signed_any,    unsigned_any, epilogue_for<Vec>};
+const Int8LinearPath kInt8LinearAvx2 = {kMaxRows,     kUnsignedRows,    32, 0, 0, quantize_row_avx2, signed_any,
+                                        unsigned_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu
 

@@ -59,7 +59,9 @@ void tile(const Int8TileArgs& args) {
       __m512i total = sum[0][r][p];
 #pragma GCC unroll 4
       for (int s = 1; s < kSplits; ++s) total = _mm512_add_epi32(total, sum[s][r][p]);
-      _mm512_storeu_si512(args.acc + (r * kPanels + p) * kPanel, total);
+      int32_t* acc = args.acc + (r * kPanels + p) * kPanel;
+      if (args.accumulate) total = _mm512_add_epi32(total, _mm512_loadu_si512(acc));
+      _mm512_storeu_si512(acc, total);
     }
 }
 
@@ -73,7 +75,7 @@ void tile_any(const Int8TileArgs& args) { kTiles[args.rows - 1][args.n_panels - 
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxRows,         80, 0x80, quantize_row_avx512, tile_any,
+const Int8LinearPath kInt8LinearAvx512Vnni = {kMaxRows, kMaxRows,         80, 0, 0x80, quantize_row_avx512, tile_any,
                                               tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu

@@ -60,8 +60,8 @@ void tile_any(const Int8TileArgs& args) { run_panel_tiles(args, kTiles); }
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearAvxVnni = {kMaxRows,          kTileRows, 50,       0x80,
-                                           quantize_row_avx2, tile_any,  tile_any, epilogue_for<Vec>};
+const Int8LinearPath kInt8LinearAvxVnni = {kMaxRows, kTileRows,        50, 0, 0x80, quantize_row_avx2, tile_any,
+                                           tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu
 

@@ -79,8 +79,8 @@ void tile_any(const Int8TileArgs& args) { run_panel_tiles(args, kTiles); }
 }  // namespace
 
 // 25 MAC a cycle: two instructions of 16 at four fifths; not measured.
-const Int8LinearPath kInt8LinearNeon = {kMaxRows,          kTileRows, 25,       0,
-                                        quantize_row_neon, tile_any,  tile_any, epilogue_for<Vec>};
+const Int8LinearPath kInt8LinearNeon = {kMaxRows, kTileRows,        25, 0, 0, quantize_row_neon, tile_any,
+                                        tile_any, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu
 

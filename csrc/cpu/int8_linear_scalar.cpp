@@ -28,6 +28,6 @@ void tile(const Int8TileArgs& args) {
 
 }  // namespace
 
-const Int8LinearPath kInt8LinearScalar = {kRows, 1, 4, 0, quantize_row_scalar, tile, tile, epilogue_for<Vec>};
+const Int8LinearPath kInt8LinearScalar = {kRows, 1, 4, 0, 0, quantize_row_scalar, tile, tile, epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu

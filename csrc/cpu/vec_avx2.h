@@ -22,8 +22,10 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
   }
   static Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-  static Vec from_int32(const int32_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  static Vec from_difference(const int32_t* p, int32_t factor, const int32_t* q) {
+    const __m256i product =
+        _mm256_mullo_epi32(_mm256_set1_epi32(factor), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), product))};
   }
   static void subtract_product(int32_t* p, int32_t factor, const int32_t* q) {
     __m256i* out = reinterpret_cast<__m256i*>(p);

@@ -24,7 +24,10 @@ struct Vec {
   static Vec load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
-  static Vec from_int32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+  static Vec from_difference(const int32_t* p, int32_t factor, const int32_t* q) {
+    const __m512i product = _mm512_mullo_epi32(_mm512_set1_epi32(factor), _mm512_loadu_si512(q));
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), product))};
+  }
   static void subtract_product(int32_t* p, int32_t factor, const int32_t* q) {
     const __m512i product = _mm512_mullo_epi32(_mm512_set1_epi32(factor), _mm512_loadu_si512(q));
     _mm512_storeu_si512(p, _mm512_sub_epi32(_mm512_loadu_si512(p), product));

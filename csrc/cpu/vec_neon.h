@@ -18,7 +18,9 @@ struct Vec {
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
   static Vec load(const BFloat16* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16))}; }
   static Vec load(const Float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
-  static Vec from_int32(const int32_t* p) { return {vcvtq_f32_s32(vld1q_s32(p))}; }
+  static Vec from_difference(const int32_t* p, int32_t factor, const int32_t* q) {
+    return {vcvtq_f32_s32(vmlsq_s32(vld1q_s32(p), vdupq_n_s32(factor), vld1q_s32(q)))};
+  }
   static void subtract_product(int32_t* p, int32_t factor, const int32_t* q) {
     vst1q_s32(p, vmlsq_s32(vld1q_s32(p), vdupq_n_s32(factor), vld1q_s32(q)));
   }

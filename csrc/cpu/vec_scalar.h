@@ -73,7 +73,11 @@ struct Vec {
   static Vec load(const T* p) {
     return {to_float(*p)};
   }
-  static Vec from_int32(const int32_t* p) { return {static_cast<float>(*p)}; }
+  // float(p[i] - factor * q[i]), the difference modulo 2^32
+  static Vec from_difference(const int32_t* p, int32_t factor, const int32_t* q) {
+    const uint32_t difference = static_cast<uint32_t>(*p) - static_cast<uint32_t>(factor) * static_cast<uint32_t>(*q);
+    return {static_cast<float>(static_cast<int32_t>(difference))};
+  }
   // p[i] -= factor * q[i], modulo 2^32
   static void subtract_product(int32_t* p, int32_t factor, const int32_t* q) {
     *p = static_cast<int32_t>(static_cast<uint32_t>(*p) - static_cast<uint32_t>(factor) * static_cast<uint32_t>(*q));
