@@ -9,7 +9,7 @@ from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int4_prepack import GROUP_SIZES, PAD_K, PAIR, QUAD, SCALE_DTYPES, kernel_bytes
 from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL
-from tcompress.packing.int4 import pack_int4
+from tcompress.packing.int4 import join_nibbles
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -68,7 +68,7 @@ def reference(
     zero_point = kernel_weight.new_empty((0, 0), dtype=torch.uint8)
     if has_zero_points:
         zero_point = _rows(memory[zeros:], n, groups, 1).view(n, groups)
-    return pack_int4(q.contiguous()), scale, zero_point
+    return join_nibbles(q), scale, zero_point
 
 
 def fake(
