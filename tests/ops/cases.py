@@ -212,7 +212,8 @@ class Int4Weight:
 
     def of_columns(self, x: torch.Tensor) -> torch.Tensor:
         """[N, ceil(K/g)] -> [N, K]"""
-        return x.repeat_interleave(self.group_size, 1)[:, : self.q.shape[1]]
+        k = self.q.shape[1]
+        return x.repeat_interleave(min(self.group_size, k), 1)[:, :k]
 
     def integers(self) -> torch.Tensor:
         """weight - zero_point, int64 [N, K]."""
@@ -232,13 +233,20 @@ def int4_weight(
     group_size: int = 32,
     scale_dtype: torch.dtype = torch.float32,
     zeros: int | str | None = None,
-    scale: float | None = None,
+    scale: float | str | None = None,
 ) -> Int4Weight:
-    """From integers [N, K]; zeros and scale: of all groups; "random" zero points; without `scale`, of ordinary size."""
+    """From integers [N, K].
+
+    Args:
+        zeros: zero point of all groups, "random" or None.
+        scale: of all groups, or "powers" for 0.5, 1 and 2 in turns; None: of ordinary size.
+    """
     n, k = q.shape
     g = generator((n, k, group_size, zeros))
     shape = (n, group_count(k, group_size))
-    scales = torch.rand(shape, generator=g) * 0.02 + 1e-3 if scale is None else torch.full(shape, scale)
+    scales = torch.rand(shape, generator=g) * 0.02 + 1e-3
+    if scale is not None:
+        scales = 2.0 ** torch.randint(-1, 2, shape, generator=g) if scale == "powers" else torch.full(shape, scale)
     zero_point = torch.randint(16, shape, dtype=torch.uint8, generator=g) if zeros == "random" else None
     if isinstance(zeros, int):
         zero_point = torch.full(shape, zeros, dtype=torch.uint8)
@@ -296,6 +304,12 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "4-d-expanded": lambda x: x.view(1, x.shape[0], 1, x.shape[1]).expand(2, -1, 3, -1),
     "empty-3-d": lambda x: x.view(1, *x.shape)[:0],
 }
+
+
+def residual_views(residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same [M, N] in other strides."""
+    return (residual, residual.t().contiguous().t(), _every_second(residual), _padded(residual), _unaligned(residual))
+
 
 # ---- small arguments of every op, in the order of its schema --------------------------------------------------------
 
