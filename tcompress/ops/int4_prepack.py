@@ -84,7 +84,7 @@ def reference(
     weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, k: int, group_size: int
 ) -> torch.Tensor:
     q = F.pad(unpack_int4(weight, k), (0, -k % PAD_K))
-    pairs = q.view(q.shape[0], -1, 2, QUAD)
+    pairs = q.unflatten(1, (-1, 2, QUAD))
     parts = [_panels(pairs[:, :, 0] | (pairs[:, :, 1] << 4)).view(torch.int8)]
     bits = weight_scale.contiguous().view(torch.int16 if weight_scale.dtype == torch.float16 else torch.int32)
     parts.append(_panels(bits[..., None]).view(torch.int8))

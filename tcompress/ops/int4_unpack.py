@@ -7,9 +7,9 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.int4_prepack import GROUP_SIZES, PAD_K, QUAD, SCALE_DTYPES, kernel_bytes
+from tcompress.ops.int4_prepack import GROUP_SIZES, PAD_K, PAIR, QUAD, SCALE_DTYPES, kernel_bytes
 from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL
-from tcompress.packing.int4 import pack_int4
+from tcompress.packing.int4 import join_nibbles
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -44,17 +44,14 @@ def int4_unpack(
     return backend.call(op, kernel_weight, n, k, group_size, scale_dtype, has_zero_points)
 
 
-def _rows(memory: torch.Tensor, n: int, inner: int) -> torch.Tensor:
-    """What `int4_prepack` laid out, bytes, back to [N, S, inner]."""
+def _rows(memory: torch.Tensor, n: int, count: int, inner: int) -> torch.Tensor:
+    """What `int4_prepack` laid out, bytes, back to [N, count, inner]."""
     n_padded, width = n + -n % PANEL, GROUP_PANELS * PANEL
-    if not memory.numel():
-        return memory.new_zeros(n, 0, inner)
-    row_bytes = memory.numel() // n_padded
-    groups = []
+    groups = [memory.new_empty(0, count, inner)]
     for start in range(0, n_padded, width):
         columns = min(width, n_padded - start)
-        group = memory[start * row_bytes : (start + columns) * row_bytes]
-        groups.append(group.view(-1, columns, inner).transpose(0, 1))
+        group = memory[start * count * inner : (start + columns) * count * inner]
+        groups.append(group.view(count, columns, inner).transpose(0, 1))
     return torch.cat(groups)[:n]
 
 
@@ -65,13 +62,13 @@ def reference(
     memory = kernel_weight.view(torch.uint8)
     scales = n_padded * (k + -k % PAD_K) // 2
     zeros = scales + n_padded * groups * scale_dtype.itemsize
-    pairs = _rows(memory[:scales], n, QUAD)
-    q = torch.stack([pairs & 15, pairs >> 4], 2).reshape(n, -1)[:, :k]
-    scale = _rows(memory[scales:zeros], n, scale_dtype.itemsize).contiguous().view(scale_dtype).view(n, groups)
+    pairs = _rows(memory[:scales], n, (k + -k % PAD_K) // PAIR, QUAD)
+    q = torch.stack([pairs & 15, pairs >> 4], 2).flatten(1)[:, :k]
+    scale = _rows(memory[scales:zeros], n, groups, scale_dtype.itemsize).view(scale_dtype).view(n, groups)
     zero_point = kernel_weight.new_empty((0, 0), dtype=torch.uint8)
     if has_zero_points:
-        zero_point = _rows(memory[zeros:], n, 1).reshape(n, groups)
-    return pack_int4(q.contiguous()), scale, zero_point
+        zero_point = _rows(memory[zeros:], n, groups, 1).view(n, groups)
+    return join_nibbles(q), scale, zero_point
 
 
 def fake(

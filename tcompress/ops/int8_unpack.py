@@ -47,8 +47,9 @@ def reference(kernel_weight: torch.Tensor, n: int, k: int, rows: torch.Tensor | 
     left = n_panels - whole * GROUP_PANELS
     last = kernel_weight[count : count + left * PANEL * steps * QUAD].view(steps, left, PANEL, QUAD).permute(1, 2, 0, 3)
     padded = [part.reshape(-1, steps * QUAD) for part in (groups, last)] if steps else [kernel_weight.new_zeros(n, 0)]
-    weight = torch.cat(padded)[:n, :k].contiguous()
-    return weight if rows is None else weight[rows]
+    weight = torch.cat(padded)[:n, :k]
+    # Not weight[rows], which takes negative ones too.
+    return weight.clone(memory_format=torch.contiguous_format) if rows is None else weight.index_select(0, rows)
 
 
 def fake(kernel_weight: torch.Tensor, n: int, k: int, rows: torch.Tensor | None = None) -> torch.Tensor:

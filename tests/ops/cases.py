@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tcompress import _C
+from tcompress.packing.int4 import pack_int4
 
 CPU_PATHS = tuple(path for path in _C.all_paths() if _C.why_not_usable(path) == "")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -189,6 +190,82 @@ WEIGHTS: dict[str, Callable[[int, int], torch.Tensor]] = {
     "zeros": lambda n, k: torch.zeros(n, k, dtype=torch.int8),
 }
 
+# ---- int4 weights ----------------------------------------------------------------------------------------------------
+
+PER_CHANNEL = 65536  # at least K
+GROUP_SIZES = (32, 64, 128, 256, 512, PER_CHANNEL)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """One integer 0 … 15 an element in `q`, and the operands of `int4_linear` that it comes from."""
+
+    q: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    group_size: int
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.weight, self.scale, self.zero_point
+
+    def of_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ceil(K/g)] -> [N, K]"""
+        k = self.q.shape[1]
+        return x.repeat_interleave(min(self.group_size, k), 1)[:, :k]
+
+    def integers(self) -> torch.Tensor:
+        """weight - zero_point, int64 [N, K]."""
+        zeros = torch.full_like(self.scale, 8) if self.zero_point is None else self.zero_point
+        return self.q.long() - self.of_columns(zeros).long()
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.integers().to(dtype) * self.of_columns(self.scale).to(dtype)
+
+
+def group_count(k: int, group_size: int) -> int:
+    return -(-k // group_size)
+
+
+def int4_weight(
+    q: torch.Tensor,
+    group_size: int = 32,
+    scale_dtype: torch.dtype = torch.float32,
+    zeros: int | str | None = None,
+    scale: float | str | None = None,
+) -> Int4Weight:
+    """From integers [N, K].
+
+    Args:
+        zeros: zero point of all groups, "random" or None.
+        scale: of all groups, or "powers" for 0.5, 1 and 2 in turns; None: of ordinary size.
+    """
+    n, k = q.shape
+    g = generator((n, k, group_size, zeros))
+    shape = (n, group_count(k, group_size))
+    scales = torch.rand(shape, generator=g) * 0.02 + 1e-3
+    if scale is not None:
+        scales = 2.0 ** torch.randint(-1, 2, shape, generator=g) if scale == "powers" else torch.full(shape, scale)
+    zero_point = torch.randint(16, shape, dtype=torch.uint8, generator=g) if zeros == "random" else None
+    if isinstance(zeros, int):
+        zero_point = torch.full(shape, zeros, dtype=torch.uint8)
+    return Int4Weight(q, pack_int4(q), scales.to(scale_dtype), zero_point, group_size)
+
+
+def random_int4(n: int, k: int, name: object = "int4") -> torch.Tensor:
+    return torch.randint(16, (n, k), dtype=torch.uint8, generator=generator(name))
+
+
+INT4_WEIGHTS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "random": random_int4,
+    "all 0": lambda n, k: torch.zeros(n, k, dtype=torch.uint8),
+    "all 15": lambda n, k: torch.full((n, k), 15, dtype=torch.uint8),
+    "0 and 15": lambda n, k: (torch.arange(k) % 2 * 15).to(torch.uint8).repeat(n, 1),
+    "0 and 15 by outputs": lambda n, k: (torch.arange(n) % 2 * 15).to(torch.uint8)[:, None].repeat(1, k),
+    "0 and 15 in fours": lambda n, k: (torch.arange(k) // 4 % 2 * 15).to(torch.uint8).repeat(n, 1),
+}
+
 # ---- memory layouts of x: a contiguous [m, k] -> a view or copy with other strides ----------------------------------
 
 
@@ -228,6 +305,12 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "empty-3-d": lambda x: x.view(1, *x.shape)[:0],
 }
 
+
+def residual_views(residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same [M, N] in other strides."""
+    return (residual, residual.t().contiguous().t(), _every_second(residual), _padded(residual), _unaligned(residual))
+
+
 # ---- small arguments of every op, in the order of its schema --------------------------------------------------------
 
 
@@ -238,6 +321,48 @@ def _linear_samples() -> Iterator[tuple[Any, ...]]:
         yield (x, weight, scale, None, None, 8, True, "none", None)
         yield (x.bfloat16(), weight, scale, bias, packed, 7, False, "gelu", torch.float32)
         yield (x.half().t().contiguous().t()[None], weight, scale, bias.half(), packed, 4, True, "silu", torch.int32)
+        residual = bias.expand(shape.m, -1)
+        yield (x, None, scale, bias, packed, 8, True, "relu", None, residual)
+
+
+def _int8_unpack_samples() -> Iterator[tuple[Any, ...]]:
+    for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33)):
+        packed = torch.ops.tcompress.int8_prepack(random_weight(n, k))
+        yield (packed, n, k, None)
+        yield (packed, n, k, torch.arange(n).flip(0)[:: max(n - 1, 1)])
+
+
+def _int4_weights() -> Iterator[tuple[int, Int4Weight]]:
+    """K and a weight."""
+    for n, k, group_size in ((1, 1, 32), (17, 70, 64), (0, 8, 32), (16, 0, 128), (49, 33, PER_CHANNEL)):
+        q = random_int4(n, k)
+        yield k, int4_weight(q, group_size, torch.float16)
+        yield k, int4_weight(q, group_size, torch.float32, "random")
+
+
+def _int4_prepack_samples() -> Iterator[tuple[Any, ...]]:
+    for k, w in _int4_weights():
+        yield (*w.operands, k, w.group_size)
+    yield (w.weight.t().contiguous().t(), w.scale, w.zero_point, k, w.group_size)
+
+
+def _int4_unpack_samples() -> Iterator[tuple[Any, ...]]:
+    for arguments in _int4_prepack_samples():
+        _, scale, zero_point, k, group_size = arguments
+        packed = torch.ops.tcompress.int4_prepack(*arguments)
+        yield (packed, scale.shape[0], k, group_size, scale.dtype, zero_point is not None)
+
+
+def _int4_linear_samples() -> Iterator[tuple[Any, ...]]:
+    for k, w in _int4_weights():
+        n, g = len(w.scale), w.group_size
+        x, bias = _normal(3, k, torch.float32), torch.randn(n, generator=generator(n))
+        packed = torch.ops.tcompress.int4_prepack(*w.operands, k, g)
+        yield (x, *w.operands, None, None, g, 8, True, "none", None)
+        yield (x.bfloat16(), *w.operands, bias, packed, g, 7, False, "gelu", torch.float32)
+        yield (x.half()[:0], *w.operands, bias.half(), packed, g, 2, True, "silu", None)
+        strided, residual = x.t().contiguous().t()[None], bias.half().expand(1, 3, n)
+        yield (strided, None, *w.operands[1:], bias, packed, g, None, True, "relu", torch.float16, residual)
 
 
 def _quantize_samples() -> Iterator[tuple[Any, ...]]:
@@ -251,5 +376,9 @@ def _quantize_samples() -> Iterator[tuple[Any, ...]]:
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantize_per_token": tuple(_quantize_samples()),
     "int8_prepack": tuple((random_weight(n, k),) for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33))),
+    "int8_unpack": tuple(_int8_unpack_samples()),
     "int8_linear": tuple(_linear_samples()),
+    "int4_prepack": tuple(_int4_prepack_samples()),
+    "int4_unpack": tuple(_int4_unpack_samples()),
+    "int4_linear": tuple(_int4_linear_samples()),
 }

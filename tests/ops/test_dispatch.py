@@ -13,6 +13,7 @@ from tcompress.ops._registry import OPS
 SAMPLES = [(op, i) for op, samples in cases.SAMPLES.items() for i in range(len(samples))]
 SHAPE = cases.Shape("dispatch", 5, 33, 20)
 X, WEIGHT, SCALE, BIAS = cases.linear_operands(SHAPE, torch.float32)
+INT4 = cases.int4_weight(cases.random_int4(33, 20), zeros="random")
 
 
 def outputs(result):
@@ -28,7 +29,7 @@ def test_opcheck(op, i):
     torch.library.opcheck(getattr(torch.ops.tcompress, op).default, cases.SAMPLES[op][i])
 
 
-@pytest.mark.parametrize("op", ["quantize_per_token", "int8_linear"])
+@pytest.mark.parametrize("op", ["quantize_per_token", "int8_linear", "int4_linear"])
 def test_opcheck_of_inputs_that_require_a_gradient(op):
     x, *others = cases.SAMPLES[op][0]
     arguments = (x.detach().clone().requires_grad_(), *others)
@@ -65,8 +66,10 @@ def test_backward_raises(backend):
         results = {
             "quantize_per_token": ops.quantize_per_token(x)[1],
             "int8_linear": ops.int8_linear(X, WEIGHT, SCALE, bias),
+            "int4_linear": ops.int4_linear(X, *INT4.operands, bias, group_size=32),
         }
         assert ops.int8_linear(x, WEIGHT, SCALE).requires_grad
+        assert ops.int4_linear(x, *INT4.operands, group_size=32, act_bits=None).requires_grad
     for op, y in results.items():
         with pytest.raises(RuntimeError, match=f"{op}: backward: got a gradient, expected inference only; "):
             y.sum().backward()
@@ -105,7 +108,14 @@ def test_compile(backend, fresh_dynamo):
         y = ops.int8_linear(x, weight, scale, bias, packed, activation="relu")
         acc = ops.int8_linear(x, weight, scale, act_bits=7, act_symmetric=False, out_dtype=torch.int32)
         q, s, z = ops.quantize_per_token(y, 7, False)
-        return y, (q.int() - z) * s, acc
+        return y, (q.int() - z) * s, acc, *int4(x, bias)
+
+    def int4(x, bias):
+        _, scale, zero_point = INT4.operands
+        packed = ops.int4_prepack(*INT4.operands, 20, 32)
+        parts = ops.int4_unpack(packed, 33, 20, 32, scale.dtype, True)
+        y = ops.int4_linear(x, None, scale, zero_point, bias, packed, 32, activation="relu")
+        return *parts, ops.int8_unpack(ops.int8_prepack(WEIGHT), 33, 20), ops.int4_linear(x, *parts, residual=y)
 
     with use_backend(backend):
         compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
