@@ -373,6 +373,20 @@ def _quantize_samples() -> Iterator[tuple[Any, ...]]:
         yield (_normal(2, 0, torch.float32).view(1, 2, 0), bits, symmetric)
 
 
+def _multi_samples(bits: int) -> Iterator[tuple[Any, ...]]:
+    """A linear op's samples with two parts alike."""
+    samples = _linear_samples() if bits == 8 else _int4_linear_samples()
+    count = 4 if bits == 8 else 5  # weight, scale, (zero point,) bias, kernel weight
+    for x, *rest in samples:
+        parts, tail = rest[:count], rest[count:]
+        *settings, activation, out_dtype = tail[:4] if bits == 8 else tail[:5]  # a residual may follow
+        if out_dtype == torch.int32:
+            continue
+        lists = [[part, part] for part in parts]
+        for gated in (False, True):
+            yield (x, *lists, *settings, activation, gated, out_dtype)
+
+
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantize_per_token": tuple(_quantize_samples()),
     "int8_prepack": tuple((random_weight(n, k),) for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33))),
@@ -381,4 +395,6 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int4_prepack": tuple(_int4_prepack_samples()),
     "int4_unpack": tuple(_int4_unpack_samples()),
     "int4_linear": tuple(_int4_linear_samples()),
+    "int8_multi_linear": tuple(_multi_samples(8)),
+    "int4_multi_linear": tuple(_multi_samples(4)),
 }

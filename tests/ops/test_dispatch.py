@@ -17,7 +17,13 @@ INT4 = cases.int4_weight(cases.random_int4(33, 20), zeros="random")
 
 
 def outputs(result):
-    return result if isinstance(result, tuple) else (result,)
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def on_meta(argument):
+    if isinstance(argument, list):
+        return [on_meta(a) for a in argument]
+    return argument.to("meta") if isinstance(argument, torch.Tensor) else argument
 
 
 def equal(a, b):
@@ -29,7 +35,9 @@ def test_opcheck(op, i):
     torch.library.opcheck(getattr(torch.ops.tcompress, op).default, cases.SAMPLES[op][i])
 
 
-@pytest.mark.parametrize("op", ["quantize_per_token", "int8_linear", "int4_linear"])
+@pytest.mark.parametrize(
+    "op", ["quantize_per_token", "int8_linear", "int4_linear", "int8_multi_linear", "int4_multi_linear"]
+)
 def test_opcheck_of_inputs_that_require_a_gradient(op):
     x, *others = cases.SAMPLES[op][0]
     arguments = (x.detach().clone().requires_grad_(), *others)
@@ -43,7 +51,7 @@ def test_kernel_and_fake_agree_with_reference(op, i):
     arguments = cases.SAMPLES[op][i]
     expected = outputs(OPS[op].reference(*arguments))
     got = outputs(getattr(torch.ops.tcompress, op)(*arguments))
-    fake = outputs(OPS[op].fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)))
+    fake = outputs(OPS[op].fake(*map(on_meta, arguments)))
     for a, b, c in zip(expected, got, fake, strict=True):
         assert oracle.same_bits(a, b) or OPS[op].tolerance > 0
         assert (a.shape, a.dtype) == (b.shape, b.dtype) == (c.shape, c.dtype)
