@@ -5,9 +5,6 @@
 //
 // Prints the first failures; exits with 1 after any.
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -17,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
+#include "int4_kernels.h"
 #include "int8_linear.h"
 #include "path.h"
 #include "quantize_per_token.h"
@@ -24,40 +23,6 @@
 namespace cpu = tcompress::cpu;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (!ok && ++failures <= 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-// n elements that end (or begin) exactly at a page without access.
-template <class T>
-class Guarded {
- public:
-  Guarded(int64_t n, bool at_end) : n_(n) {
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-    const int64_t inner = (bytes + page - 1) / page * page + page;  // at least one page, also for nothing
-    size_ = inner + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_ + page, inner, PROT_READ | PROT_WRITE) != 0) std::abort();
-    std::memset(base_ + page, 0x5a, inner);
-    data_ = reinterpret_cast<T*>(at_end ? base_ + page + inner - bytes : base_ + page);
-  }
-  ~Guarded() { munmap(base_, size_); }
-  Guarded(const Guarded&) = delete;
-  T* data() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  int64_t size() const { return n_; }
-
- private:
-  int64_t n_, size_;
-  char* base_;
-  T* data_;
-};
 
 enum class Fill { kNormal, kSmallWeights, kExtreme, kZero, kOutlier };  // small weights: 16-bit sums (AVX2)
 
@@ -95,6 +60,13 @@ void run_case(cpu::Path path, int64_t m, int64_t n, int64_t k, bool symmetric, F
   cpu::quantize_per_token(
       {x.data(), cpu::DType::kFloat32, m, k, bits, symmetric, q.data(), scale.data(), zero_point.data()}, threads);
   cpu::int8_prepack(weight.data(), n, k, packed.data(), threads);
+  Guarded<int8_t> back(n * k, at_end), two_rows(2 * k, at_end);
+  const int64_t last_and_first[] = {n - 1, 0};
+  cpu::int8_unpack(packed.data(), n, k, nullptr, n, back.data(), threads);
+  cpu::int8_unpack(packed.data(), n, k, last_and_first, 2, two_rows.data(), threads);
+  check(std::memcmp(back.data(), weight.data(), n * k) == 0, "unpack");
+  check(std::memcmp(two_rows.data(), weight.data() + (n - 1) * k, k) == 0, "unpack of the last row");
+  check(std::memcmp(two_rows.data() + k, weight.data(), k) == 0, "unpack of the first row");
   cpu::Int8LinearArgs args{x.data(),
                            cpu::DType::kFloat32,
                            m,
@@ -272,6 +244,7 @@ int main(int argc, char** argv) {
   for (const std::string& name : names) {
     cpu::force_path(name);  // throws where it cannot run
     run_path(cpu::current_path(), few);
+    run_int4(cpu::current_path(), few);
     std::printf("ran %s\n", name.c_str());
   }
   std::printf("%d checks, %d failures\n", checks, failures);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from kernel_build import FLAGS, HERE, KERNELS, compile_all, host_compiler, link
+from kernel_build import FLAGS, HERE, KERNELS, KERNELS_TEST, compile_all, host_compiler, link
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from kernel_build import FLAGS, HERE, KERNELS, compile_all, host_compiler, link
 )
 def test_between_guard_pages(tmp_path, sanitizer):
     flags = FLAGS + ([f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else [])
-    objects = compile_all(host_compiler(), [HERE / "kernels_test.cpp", *KERNELS], flags, tmp_path)
+    objects = compile_all(host_compiler(), [*KERNELS_TEST, *KERNELS], flags, tmp_path)
     program = link(host_compiler(), objects, flags, tmp_path / "kernels_test")
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

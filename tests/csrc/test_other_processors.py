@@ -14,9 +14,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kernel_build import CPU, FLAGS, HERE, KERNELS, compile_all, host_compiler, link
+from kernel_build import CPU, FLAGS, HERE, KERNELS, KERNELS_TEST, compile_all, host_compiler, link
 
-EMULATED = ("int8_linear_avxvnni", "int8_linear_avx512vnni", "quantize_per_token_avx2", "quantize_per_token_avx512")
+EMULATED = (
+    "int4_linear_avx512vnni",
+    "int8_linear_avxvnni",
+    "int8_linear_avx512vnni",
+    "quantize_per_token_avx2",
+    "quantize_per_token_avx512",
+)
 WITH_DOT_PRODUCT, WITHOUT = "neoverse-n1", "cortex-a72"
 
 
@@ -64,7 +70,7 @@ def test_vnni_without_vnni(simde, tmp_path):
     assert "%ymm" not in code
     assert "%zmm" not in code
     objects += compile_all(compiler, [CPU / "path.cpp"], [*flags, "-include", str(HERE / "lacks.h")], tmp_path)
-    objects += compile_all(compiler, [HERE / "kernels_test.cpp", *rest], flags, tmp_path)
+    objects += compile_all(compiler, [*KERNELS_TEST, *rest], flags, tmp_path)
     program = link(compiler, objects, flags, tmp_path / "kernels_test")
     paths = ["avxvnni", "avx512vnni"]
     _check(subprocess.run([program, "--few", *paths], capture_output=True, text=True), paths)
@@ -102,7 +108,7 @@ def arm():
 def arm_kernels(arm, tmp_path_factory):
     compiler, _ = arm
     folder = tmp_path_factory.mktemp("arm")
-    objects = compile_all(compiler, [HERE / "kernels_test.cpp", *KERNELS], FLAGS, folder)
+    objects = compile_all(compiler, [*KERNELS_TEST, *KERNELS], FLAGS, folder)
     return link(compiler, objects, [*FLAGS, "-static"], folder / "kernels_test")
 
 

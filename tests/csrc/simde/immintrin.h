@@ -68,6 +68,7 @@ inline int32_t nearest_int32(float x) {
 }  // namespace
 
 #define _mm256_dpbusd_avx_epi32(sum, a, b) dpbusd(sum, a, b)
+#define _mm512_cvtepu8_epi32(a) (convert_lanes<simde__m512i, int32_t, uint8_t>(a))
 #define _mm512_cvtepi32_epi8(a) (convert_lanes<simde__m128i, int8_t, int32_t>(a))
 #define _mm512_cvtepi32_epi16(a) (convert_lanes<simde__m256i, int16_t, int32_t>(a))
 #define _mm512_cvtepi32_ps(a) (convert_lanes<simde__m512, float, int32_t>(a))
