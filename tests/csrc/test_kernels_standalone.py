@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from kernel_build import FLAGS, HERE, KERNELS, KERNELS_TEST, compile_all, host_compiler, link
+from kernel_build import FLAGS, KERNELS, KERNELS_TEST, compile_all, host_compiler, link
 
 
 @pytest.mark.parametrize(
