@@ -56,7 +56,7 @@ def extension() -> dict[str, object]:
                 without_extension(error)
                 self.extensions = []
 
-    sources = [Path("csrc/bindings.cpp"), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     module = CppExtension(
         "tcompress._C",
         [str(path.relative_to(ROOT) if path.is_absolute() else path) for path in sources],

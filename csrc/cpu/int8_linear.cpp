@@ -16,7 +16,8 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 128 << 10;  // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kBlockBytes = 128 << 10;       // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kRequantizeBytes = 256 << 10;  // float32 rows that wait for their scale: half of a small L2
 constexpr int64_t kChunkedBlockBytes = 512
                                        << 10;  // where K goes in chunks: more rows share what a chunk of weights costs
 
@@ -66,9 +67,21 @@ struct Plan {
   bool gated;  // parts[1] is multiplied into the result of parts[0], group by group
 };
 
+void copy_row(const Int8LinearArgs& args, const Plan& plan, uint8_t flip, int64_t m, uint8_t* out) {
+  const uint8_t* q = args.input.q + m * args.k;
+  for (int64_t i = 0; i < args.k; ++i) out[i] = static_cast<uint8_t>(q[i] ^ flip);
+  for (int64_t i = args.k; i < plan.steps * kQuad; ++i) out[i] = 0;
+}
+
 void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspace& work, int64_t m0, int64_t rows) {
   const uint8_t flip = args.act_symmetric ? plan.path.symmetric_flip : 0;
   for (int64_t r = 0; r < rows; ++r) {
+    if (args.input.q != nullptr) {
+      copy_row(args, plan, flip, m0 + r, work.a + r * plan.a_stride);
+      work.scale[r] = args.input.scale[m0 + r];
+      work.zero_point[r] = args.act_symmetric ? flip : args.input.zero_point[m0 + r];
+      continue;
+    }
     const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
     plan.path.quantize_row({x, args.x_dtype, args.k, args.act_bits, args.act_symmetric, flip,
                             work.a + r * plan.a_stride, plan.steps * kQuad, work.scale + r, work.zero_point + r});
@@ -178,5 +191,39 @@ void int8_multi_linear(const Int8LinearArgs* all, int count, bool gated, int num
 }
 
 void int8_linear(const Int8LinearArgs& args, int num_threads) { int8_multi_linear(&args, 1, false, num_threads); }
+
+void int8_linear_requantize(const Int8LinearArgs& args, const QuantizePerTokenArgs& out, int num_threads) {
+  if (args.m == 0) return;
+  const Int8LinearPath& path = path_table(current_path());
+  // A row's scale needs the whole row: a thread computes whole rows, which it quantizes while they are in its caches.
+  // Too few rows for all threads are computed together.
+  const int64_t row_bytes = round_up(args.n * static_cast<int64_t>(sizeof(float)), kCacheLine);
+  const int threads = useful_threads(args.m * args.n * args.k, kMinMacsPerThread, num_threads);
+  const bool alone = threads == 1 || args.m < threads * path.row_unit;
+  const int64_t fitting = kRequantizeBytes / (row_bytes > 0 ? row_bytes : 1) / path.max_rows * path.max_rows;
+  const int64_t share = round_up(ceil_div(args.m, alone ? 1 : threads), path.row_unit);
+  const int64_t block = alone ? args.m : smaller(fitting > path.max_rows ? fitting : path.max_rows, share);
+  const auto run = [&](int64_t m0, int inner_threads) {
+    const int64_t rows = smaller(args.m - m0, block);
+    float* y = reinterpret_cast<float*>(scratch(rows * args.n * static_cast<int64_t>(sizeof(float)) + 1, 1));
+    Int8LinearArgs part = args;
+    part.m = rows;
+    part.y = y;
+    part.y_dtype = DType::kFloat32;
+    if (args.input.q != nullptr)
+      part.input = {args.input.q + m0 * args.k, args.input.scale + m0, args.input.zero_point + m0};
+    else
+      part.x = static_cast<const char*>(args.x) + m0 * args.k * element_bytes(args.x_dtype);
+    int8_linear(part, inner_threads);
+    for (int64_t r = 0; r < rows; ++r)
+      path.quantize_row({y + r * args.n, DType::kFloat32, args.n, out.bits, out.symmetric, 0, out.q + (m0 + r) * args.n,
+                         args.n, out.scale + m0 + r, out.zero_point + m0 + r});
+  };
+  if (alone) return run(0, num_threads);
+  const int64_t blocks = ceil_div(args.m, block);
+  parallel_tasks(threads, [&](int t) {
+    for (int64_t i = blocks * t / threads; i < blocks * (t + 1) / threads; ++i) run(i * block, 1);
+  });
+}
 
 }  // namespace tcompress::cpu

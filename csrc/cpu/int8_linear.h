@@ -49,6 +49,13 @@ void int8_prepack(const int8_t* weight, int64_t n, int64_t k, int8_t* kernel_wei
 void int8_unpack(const int8_t* kernel_weight, int64_t n, int64_t k, const int64_t* rows, int64_t n_rows, int8_t* weight,
                  int num_threads);
 
+// Activations that are quantized already (QuantizePerTokenArgs); they take the place of x where q is not null.
+struct QuantizedInput {
+  const uint8_t* q = nullptr;           // [M, K], int8 where symmetric
+  const float* scale = nullptr;         // [M]
+  const int32_t* zero_point = nullptr;  // [M]; not read where symmetric
+};
+
 struct Int8LinearArgs {
   const void* x;  // [M, K], contiguous
   DType x_dtype;
@@ -62,9 +69,14 @@ struct Int8LinearArgs {
   const void* residual;  // [M, N] like y, or null; may be y itself
   void* y;               // [M, N], contiguous
   DType y_dtype;         // kInt32 stores acc itself; scales, bias, activation and residual then do not apply
+  QuantizedInput input = {};
 };
 
 void int8_linear(const Int8LinearArgs& args, int num_threads);
+
+// The result in float32, quantized per token for a following int8 layer: out.x, out.dtype, out.m and out.k are not
+// read.
+void int8_linear_requantize(const Int8LinearArgs& args, const QuantizePerTokenArgs& out, int num_threads);
 
 // Several weights [N_i, K] over one x, which is quantized once: all parts have the first one's x, m, k, act_bits,
 // act_symmetric and y_dtype. Gated: two parts with the same n; y_0 = part_0 * part_1, and part_1's y is not used.

@@ -42,19 +42,23 @@ Cell Grid::cell(int index) const {
   return cell;
 }
 
-uint8_t* scratch(int64_t bytes) {
+uint8_t* scratch(int64_t bytes, int slot) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local int64_t capacity = 0;
-  if (capacity < bytes) {
-    capacity = 0;
-    buffer.reset(std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine)));
-    if (!buffer) throw std::bad_alloc();
-    capacity = bytes;
+  struct Buffer {
+    std::unique_ptr<void, Free> data;
+    int64_t capacity = 0;
+  };
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[slot];
+  if (buffer.capacity < bytes) {
+    buffer.capacity = 0;
+    buffer.data.reset(std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine)));
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.capacity = bytes;
   }
-  return static_cast<uint8_t*>(buffer.get());
+  return static_cast<uint8_t*>(buffer.data.get());
 }
 
 int64_t odd_lines(int64_t bytes) { return (ceil_div(bytes, kCacheLine) | 1) * kCacheLine; }

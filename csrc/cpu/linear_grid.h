@@ -43,8 +43,9 @@ class Grid {
 };
 
 // Memory of the calling thread, aligned to a cache line. It grows and is kept until the thread ends: a fresh allocation
-// of this size would fault in its pages at every call. The next call may move it.
-uint8_t* scratch(int64_t bytes);
+// of this size would fault in its pages at every call. The next call with the same slot may move it; a function that
+// calls another one that has scratch memory takes slot 1.
+uint8_t* scratch(int64_t bytes, int slot = 0);
 
 // A row stride in bytes that is an odd number of cache lines: rows of a power-of-two length would all fall into the
 // same cache sets.

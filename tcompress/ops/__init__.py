@@ -5,6 +5,8 @@ from tcompress.ops.int4_multi_linear import int4_multi_linear
 from tcompress.ops.int4_prepack import int4_prepack
 from tcompress.ops.int4_unpack import int4_unpack
 from tcompress.ops.int8_linear import int8_linear
+from tcompress.ops.int8_linear_quantized import int8_linear_quantized
+from tcompress.ops.int8_linear_requantize import int8_linear_requantize
 from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.int8_prepack import int8_prepack
 from tcompress.ops.int8_unpack import int8_unpack
@@ -16,6 +18,8 @@ __all__ = [
     "int4_prepack",
     "int4_unpack",
     "int8_linear",
+    "int8_linear_quantized",
+    "int8_linear_requantize",
     "int8_multi_linear",
     "int8_prepack",
     "int8_unpack",

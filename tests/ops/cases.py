@@ -387,6 +387,19 @@ def _multi_samples(bits: int) -> Iterator[tuple[Any, ...]]:
             yield (x, *lists, *settings, activation, gated, out_dtype)
 
 
+def _requantize_samples() -> Iterator[tuple[Any, ...]]:
+    for x, *rest in _linear_samples():
+        activation = rest[6]
+        for bits, symmetric in (W8A8, W8A7):
+            yield (x, *rest[:6], activation, bits, symmetric)
+
+
+def _quantized_samples() -> Iterator[tuple[Any, ...]]:
+    for x, *rest in _linear_samples():
+        q = torch.ops.tcompress.quantize_per_token(x, *rest[4:6])
+        yield (*q, *rest[:4], rest[6], rest[7] or torch.bfloat16, None)
+
+
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantize_per_token": tuple(_quantize_samples()),
     "int8_prepack": tuple((random_weight(n, k),) for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33))),
@@ -395,6 +408,8 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int4_prepack": tuple(_int4_prepack_samples()),
     "int4_unpack": tuple(_int4_unpack_samples()),
     "int4_linear": tuple(_int4_linear_samples()),
+    "int8_linear_requantize": tuple(_requantize_samples()),
+    "int8_linear_quantized": tuple(_quantized_samples()),
     "int8_multi_linear": tuple(_multi_samples(8)),
     "int4_multi_linear": tuple(_multi_samples(4)),
 }

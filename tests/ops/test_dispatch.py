@@ -74,6 +74,8 @@ def test_backward_raises(backend):
         results = {
             "quantize_per_token": ops.quantize_per_token(x)[1],
             "int8_linear": ops.int8_linear(X, WEIGHT, SCALE, bias),
+            "int8_linear_requantize": ops.int8_linear_requantize(X, WEIGHT, SCALE, bias)[1],
+            "int8_linear_quantized": ops.int8_linear_quantized(*ops.quantize_per_token(X), WEIGHT, SCALE, bias),
             "int4_linear": ops.int4_linear(X, *INT4.operands, bias, group_size=32),
         }
         assert ops.int8_linear(x, WEIGHT, SCALE).requires_grad
