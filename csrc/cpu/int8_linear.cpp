@@ -16,8 +16,8 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 128 << 10;       // quantized rows of a block: a quarter of a small L2
-constexpr int64_t kRequantizeBytes = 256 << 10;  // float32 rows that wait for their scale: half of a small L2
+constexpr int64_t kBlockBytes = 128 << 10;     // quantized rows of a block: a quarter of a small L2
+constexpr int64_t kRequantizeBytes = 1 << 20;  // float32 rows that wait for their scale: half of a large L2
 constexpr int64_t kChunkedBlockBytes = 512
                                        << 10;  // where K goes in chunks: more rows share what a chunk of weights costs
 
