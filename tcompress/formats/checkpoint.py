@@ -99,7 +99,10 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         temporary.write_text(metadata.model_dump_json(indent=1) + "\n")
         os.replace(temporary, folder / METADATA)
     except BaseException:
-        path.unlink(missing_ok=True)
+        # An interrupt may come just after the replacement: the new file is then the checkpoint's.
+        metadata_file = folder / METADATA
+        if not metadata_file.is_file() or path.name not in metadata_file.read_text():
+            path.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
         raise
     for stale in folder.iterdir():

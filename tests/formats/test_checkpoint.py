@@ -264,3 +264,18 @@ def test_any_shape(tmp_path, n, k, bias, seed):
     shutil.rmtree(folder, ignore_errors=True)
     tcompress.save(model, folder)
     assert _equal(_state(tcompress.load(folder, nn.Sequential(nn.Linear(k, n, bias)))), _state(model))
+
+
+def test_an_interrupt_just_after_the_new_checkpoint_is_in_place(saved, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    newer = _compressed(seed=1)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tcompress.save(newer, saved)
+    monkeypatch.undo()
+    assert _equal(_state(tcompress.load(saved, _plain())), _state(newer))
