@@ -4,6 +4,12 @@ from tcompress import nn, ops
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save
+from tcompress.ops import (
+    int8_attention,
+    int8_attention_varlen,
+    quantized_attention,
+    quantized_attention_varlen,
+)
 from tcompress.quantize import QuantArgs, Scheme
 from tcompress.recipe import Quantize, Recipe, presets
 from tcompress.report.report import Report
@@ -19,10 +25,14 @@ __all__ = [
     "Scheme",
     "compress",
     "explain",
+    "int8_attention",
+    "int8_attention_varlen",
     "load",
     "nn",
     "ops",
     "presets",
+    "quantized_attention",
+    "quantized_attention_varlen",
     "save",
     "use_backend",
     "use_cpu_path",

@@ -164,6 +164,14 @@ def call(op: str, *args: Any) -> Any:
     return _dispatched(op)(*args)
 
 
+def call_in_place(op: str, *args: Any) -> None:
+    """`call` for an op that changes its arguments, which take no part in a gradient."""
+    if select(op, *args) == "reference":
+        _references[op](*args)
+    else:
+        _dispatched(op)(*args)
+
+
 @cache
 def _dispatched(op: str) -> Callable[..., Any]:
     """torch's callable for an op; looking it up takes longer than a small op."""

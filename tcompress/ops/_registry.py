@@ -36,6 +36,11 @@ class Op:
     flops: Callable[..., int]
     nbytes: Callable[..., int]
 
+    @property
+    def mutates(self) -> bool:
+        """Whether the op changes its arguments."""
+        return "!" in self.schema
+
 
 OPS: dict[str, Op] = {}
 
@@ -49,7 +54,8 @@ def define(op: Op) -> Op:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(backend.no_backward(op.name))
 
-    torch.library.register_autograd(f"tcompress::{op.name}", backward, lib=_library)
+    if not op.mutates:  # torch differentiates functional ops only
+        torch.library.register_autograd(f"tcompress::{op.name}", backward, lib=_library)
     backend.register_reference(op.name, op.reference)
     OPS[op.name] = op
     return op

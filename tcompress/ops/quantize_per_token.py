@@ -68,6 +68,12 @@ def check_bits(bits: int, highest: int, op: str, argument: str) -> None:
 
 
 def reference(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, scale, zero_point = quantize(x, bits, symmetric)
+    return q.to(torch.int8 if symmetric else torch.uint8), scale, zero_point.int()
+
+
+def quantize(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition, for any number of bits below 24; integers as float32."""
     x = x.float().contiguous()  # the results are contiguous, as `fake` says
     q_max = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     zero = x.new_zeros((*x.shape[:-1], 1))
@@ -84,8 +90,7 @@ def reference(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor
     inverse = torch.where(finite, 1 / scale, 0)
     zero_point = zero if symmetric else torch.where(finite, torch.round(-lo * inverse), 0)
     q = torch.round(torch.where(finite, x, 0) * inverse) + zero_point
-    q = q.clamp(-q_max if symmetric else 0, q_max)
-    return q.to(torch.int8 if symmetric else torch.uint8), scale, zero_point.int()
+    return q.clamp(-q_max if symmetric else 0, q_max), scale, zero_point
 
 
 def fake(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
