@@ -45,8 +45,8 @@ inline Shorts power(Shorts ticks) {
   return {_mm512_permutexvar_epi16(_mm512_srli_epi16(ticks.v, 11), _mm512_load_si512(kPowers))};
 }
 inline int32_t sum(const Shorts (&p)[2]) {
-  const __m512i both = _mm512_dpwssd_epi32(
-      _mm512_dpwssd_epi32(_mm512_setzero_si512(), p[0].v, _mm512_set1_epi16(1)), p[1].v, _mm512_set1_epi16(1));
+  const __m512i both = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), p[0].v, _mm512_set1_epi16(1)),
+                                           p[1].v, _mm512_set1_epi16(1));
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -79,11 +79,21 @@ inline __m512i word_at(const void* p) {
   return _mm512_set1_epi32(word);
 }
 
-template <bool kWide>
-__attribute__((always_inline)) inline __m512i multiply_keys(__m512i sum, __m512i keys, __m512i query) {
-  if constexpr (kWide) return _mm512_dpwssd_epi32(sum, keys, query);
-  return _mm512_dpbusd_epi32(sum, keys, query);
+// sum += products of unsigned a and signed b (bytes), or of both signed (16 bits). As assembly, because GCC 12 copies
+// the sum before and after the intrinsic and runs out of registers; an emulated build has no such instruction.
+#if defined(SIMDE_NO_NATIVE)
+inline void add_products(__m512i& sum, __m512i a, __m512i b, bool wide) {
+  sum = wide ? _mm512_dpwssd_epi32(sum, a, b) : _mm512_dpbusd_epi32(sum, a, b);
 }
+#else
+__attribute__((always_inline)) inline void add_products(__m512i& sum, __m512i a, __m512i b, bool wide) {
+  if (wide) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  } else {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+}
+#endif
 
 template <bool kWide, int kRows, int kPanels>
 void score_tile(const char* q, int64_t stride, const int32_t* sums, const char* keys, int64_t steps, int32_t* s) {
@@ -103,7 +113,7 @@ void score_tile(const char* q, int64_t stride, const int32_t* sums, const char* 
     for (int r = 0; r < kRows; ++r) {
       const __m512i a = word_at(q + r * stride + i * 4);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) sum[r][p] = multiply_keys<kWide>(sum[r][p], k[p], a);
+      for (int p = 0; p < kPanels; ++p) add_products(sum[r][p], k[p], a, kWide);
     }
   }
 #pragma GCC unroll 6
@@ -112,55 +122,43 @@ void score_tile(const char* q, int64_t stride, const int32_t* sums, const char* 
     for (int p = 0; p < kPanels; ++p) _mm512_storeu_si512(s + r * kKeyBlock + p * kTokenPanel, sum[r][p]);
 }
 
-template <bool kWide>
-__attribute__((always_inline)) inline __m512i multiply_values(__m512i sum, __m512i weights, __m512i values) {
-  if constexpr (kWide) return _mm512_dpwssd_epi32(sum, weights, values);
-  return _mm512_dpbusd_epi32(sum, weights, values);
-}
-
-// weights: rows of kWeightBytes, 64 int16 or 64 upper and 64 lower bytes.
+// weights: rows of kWeightBytes, 64 int16 or 64 upper and 64 lower bytes. Both halves in one loop: in two, GCC spills.
 template <bool kWide, int kRows, int kPanels>
-void value_tile(const uint8_t* weights, const char* values, int steps, int64_t dv, const float* factor, float* out) {
+void value_tile(const uint8_t* weights, const char* values, int64_t steps, int64_t dv, const float* factor,
+                float* out) {
+  constexpr int kParts = kWide ? 1 : 2;
   constexpr int64_t kPanelStride = kKeyBlock * kChannelPanel * (kWide ? 2 : 1);
-  __m512i sum[kRows][kPanels];
+  __m512i sum[kRows * kParts][kPanels];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows * kParts; ++r)
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) sum[r][p] = _mm512_setzero_si512();
-  const auto pass = [&](const uint8_t* w) __attribute__((always_inline)) {
-    for (int i = 0; i < steps; ++i) {
-      __m512i v[kPanels];
+  for (int64_t i = 0; i < steps; ++i) {
+    __m512i v[kPanels];
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) v[p] = _mm512_loadu_si512(values + p * kPanelStride + i * kPanelBytes);
+    for (int p = 0; p < kPanels; ++p) v[p] = _mm512_loadu_si512(values + p * kPanelStride + i * kPanelBytes);
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i a = word_at(w + r * kWeightBytes + i * 4);
+    for (int r = 0; r < kRows * kParts; ++r) {
+      const __m512i a = word_at(weights + r * (kWeightBytes / kParts) + i * 4);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) sum[r][p] = multiply_values<kWide>(sum[r][p], a, v[p]);
-      }
+      for (int p = 0; p < kPanels; ++p) add_products(sum[r][p], a, v[p], kWide);
     }
-  };
-  pass(weights);
-  if constexpr (!kWide) {
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) sum[r][p] = _mm512_slli_epi32(sum[r][p], 8);
-    pass(weights + kKeyBlock);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     const __m512 f = _mm512_set1_ps(factor[r]);
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
+      __m512i total = sum[r * kParts][p];
+      if constexpr (!kWide) total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), sum[r * kParts + 1][p]);
       float* o = out + r * dv + p * kChannelPanel;
-      _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][p]), f)));
+      _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o), _mm512_mul_ps(_mm512_cvtepi32_ps(total), f)));
     }
   }
 }
 
 using ScoreTile = void (*)(const char*, int64_t, const int32_t*, const char*, int64_t, int32_t*);
-using ValueTile = void (*)(const uint8_t*, const char*, int, int64_t, const float*, float*);
+using ValueTile = void (*)(const uint8_t*, const char*, int64_t, int64_t, const float*, float*);
 
 template <bool kWide>
 struct Tiles {
@@ -194,20 +192,26 @@ struct Tiles {
 
   static void values(const void* weights, int rows, const void* values, int token_panels, int64_t dv,
                      const float* factor, float* out) {
+    constexpr int kMaxRows = kWide ? 6 : 3;
 #define TC_ROWS(r)                                                                                     \
   {                                                                                                    \
     value_tile<kWide, r, 1>, value_tile<kWide, r, 2>, value_tile<kWide, r, 3>, value_tile<kWide, r, 4> \
   }
-    static constexpr ValueTile kTiles[kQueryTile][kMaxPanels] = {TC_ROWS(1), TC_ROWS(2), TC_ROWS(3),
-                                                                 TC_ROWS(4), TC_ROWS(5), TC_ROWS(6)};
+    static constexpr ValueTile kThree[3][kMaxPanels] = {TC_ROWS(1), TC_ROWS(2), TC_ROWS(3)};
+    static constexpr ValueTile kSix[3][kMaxPanels] = {TC_ROWS(4), TC_ROWS(5), TC_ROWS(6)};
 #undef TC_ROWS
     const int64_t panel_bytes = kKeyBlock * kChannelPanel * static_cast<int64_t>(sizeof(Query));
-    const int steps = token_panels * kTokenPanel * static_cast<int>(sizeof(Query)) / 4;
+    const int64_t steps = token_panels * kTokenPanel * static_cast<int64_t>(sizeof(Query)) / 4;
     const int64_t panels = dv / kChannelPanel;
     for (int64_t p = 0; p < panels; p += kMaxPanels) {
       const int64_t n = panels - p < kMaxPanels ? panels - p : kMaxPanels;
-      kTiles[rows - 1][n - 1](static_cast<const uint8_t*>(weights), static_cast<const char*>(values) + p * panel_bytes,
-                              steps, dv, factor, out + p * kChannelPanel);
+      for (int r = 0; r < rows; r += kMaxRows) {
+        const int count = rows - r < kMaxRows ? rows - r : kMaxRows;
+        const ValueTile tile = count <= 3 ? kThree[count - 1][n - 1] : kSix[count - 4][n - 1];
+        tile(static_cast<const uint8_t*>(weights) + r * kWeightBytes,
+             static_cast<const char*>(values) + p * panel_bytes, steps, dv, factor + r,
+             out + r * dv + p * kChannelPanel);
+      }
     }
   }
 };
