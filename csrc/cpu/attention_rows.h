@@ -12,9 +12,11 @@
 //   };
 //
 // 1. The queries are quantized, in tiles of six rows.
-// 2. For each block of keys, while it is in the nearest caches, every tile: scores, softmax, P V.
-//    Blocks that no query of the tile sees are skipped. Blocks that all see whole, without mask or softcap, take a loop
-//    without any of that.
+// 2. For each block of keys, while it is in the nearest caches, every tile: scores, softmax, P V. A few tiles go
+// through
+//    each of these together, so that what one wrote element by element has reached the cache when it is read as a
+//    vector. Blocks that no query of the tile sees are skipped. Blocks that all see whole, without mask or softcap,
+//    take a loop without any of that.
 // 3. Each row is divided by its total, or left unfinished where the keys are split over threads.
 #pragma once
 
@@ -349,6 +351,41 @@ inline void write_row(const AttentionRows& a, int64_t row, const RowResult& resu
       factor == factor ? lse : factor;
 }
 
+constexpr int kTileBatch = 4;
+
+// A tile on its way through a block of keys.
+struct TileWork {
+  alignas(64) int32_t products[kQueryTile * kKeyBlock];  // of keys that none sees: anything
+  alignas(64) uint8_t weights[kQueryTile * kWeightBytes];
+  alignas(64) float highest[kTileSlots], total[kTileSlots], factor[kTileSlots];
+  int64_t first;  // row
+  int rows, panels;
+  bool whole;
+};
+
+// What a tile has to do with a block; false: nothing.
+inline bool plan_tile(const AttentionRows& a, const QueryRow* row, const KeySpan& span, TileWork* tile) {
+  const AttentionArgs& args = *a.args;
+  // Positions rise within a head; a tile that spans two heads may hold any.
+  const bool one_head = row[tile->rows - 1].position - row[0].position == tile->rows - 1;
+  const int64_t lowest = one_head ? row[0].position : offset_of(a);
+  const int64_t last = one_head ? row[tile->rows - 1].position : offset_of(a) + a.sq - 1;
+  Sight sight = sight_by_position(args.window, lowest, last, span);
+  if (sight == Sight::kNone) return false;
+  if (args.mask.data != nullptr) {
+    Sight by_mask = sight_by_mask(args.mask, row[0], span);
+    for (int r = 1; r < tile->rows && by_mask != Sight::kSome; ++r)
+      if (row[r].mask != row[0].mask) by_mask = join(by_mask, sight_by_mask(args.mask, row[r], span));
+    if (by_mask == Sight::kNone) return false;
+    if (by_mask == Sight::kSome) sight = by_mask;
+  }
+  int64_t seen = span.tokens;  // keys beyond cannot be seen by any row
+  if (args.window.right >= 0) seen = smaller(seen, last + args.window.right + 1 - span.j0);
+  tile->panels = static_cast<int>(ceil_div(seen, kTokenPanel));
+  tile->whole = sight == Sight::kAll && span.tokens == kKeyBlock && args.softcap == 0.f;
+  return true;
+}
+
 template <class V, class H, class T, bool kWide>
 void attend(const AttentionRows& a) {
   using Query = typename T::Query;
@@ -356,49 +393,54 @@ void attend(const AttentionRows& a) {
   RowState<Query> state(a, a.scratch);
   quantize_queries<V>(a, &state);
 
-  alignas(64) int32_t products[kQueryTile * kKeyBlock];  // of keys that none sees: anything
-  alignas(64) uint8_t p[kQueryTile * kWeightBytes] = {};
-  alignas(64) float highest[kTileSlots] = {}, total[kTileSlots] = {}, factor[kTileSlots] = {};
+  TileWork tiles[kTileBatch];
   BlockScales scales;
-  const int64_t offset = offset_of(a);
   const int64_t k_bytes = key_block_bytes(args.d, kWide), v_bytes = value_block_bytes(args.dv, kWide);
   for (int64_t block = a.block0; block < a.block1; ++block) {
     const KeySpan span{block * kKeyBlock, static_cast<int>(smaller(kKeyBlock, a.head.length - block * kKeyBlock))};
     const char* keys = static_cast<const char*>(a.head.k) + block * k_bytes;
     const char* values = static_cast<const char*>(a.head.v) + block * v_bytes;
     bool prepared = false;
-    for (int64_t r0 = 0; r0 < state.rows; r0 += kQueryTile) {
-      const int rows = static_cast<int>(smaller(state.rows - r0, kQueryTile));
-      const QueryRow* row = state.row + r0;
-      // Positions rise within a head; a tile that spans two heads may hold any.
-      const bool one_head = row[rows - 1].position - row[0].position == rows - 1;
-      const int64_t lowest = one_head ? row[0].position : offset;
-      const int64_t last = one_head ? row[rows - 1].position : offset + a.sq - 1;
-      Sight sight = sight_by_position(args.window, lowest, last, span);
-      if (sight == Sight::kNone) continue;
-      if (args.mask.data != nullptr) {
-        Sight by_mask = sight_by_mask(args.mask, row[0], span);
-        for (int r = 1; r < rows && by_mask != Sight::kSome; ++r)
-          if (row[r].mask != row[0].mask) by_mask = join(by_mask, sight_by_mask(args.mask, row[r], span));
-        if (by_mask == Sight::kNone) continue;
-        if (by_mask == Sight::kSome) sight = by_mask;
+    for (int64_t row = 0; row < state.rows;) {
+      int n = 0;
+      for (; n < kTileBatch && row < state.rows; row += kQueryTile) {
+        tiles[n].first = row;
+        tiles[n].rows = static_cast<int>(smaller(state.rows - row, kQueryTile));
+        if (plan_tile(a, state.row + row, span, &tiles[n])) ++n;
       }
+      if (n == 0) continue;
       if (!prepared) prepare_scales<V>(a.head.k_scale + span.j0, a.head.v_scale + span.j0, span.tokens, &scales);
       prepared = true;
-
-      int64_t seen = span.tokens;  // keys beyond cannot be seen by any row
-      if (args.window.right >= 0) seen = smaller(seen, last + args.window.right + 1 - span.j0);
-      const int panels = static_cast<int>(ceil_div(seen, kTokenPanel));
-      T::scores(state.q + r0 * state.q_stride, state.q_stride, state.sum + r0, rows, keys, state.dk, panels, products);
-      const TileBlock tile{args,     scales, span,    row,  rows, state.scale + r0, state.shift + r0, state.poison + r0,
-                           products, p,      highest, total};
-      if (sight == Sight::kAll && span.tokens == kKeyBlock && !scales.any_bad && args.softcap == 0.f) {
-        softmax_whole<V, H, T>(tile);
-      } else {
-        softmax_masked<V, H, T>(tile);
+      for (int i = 0; i < n; ++i) {
+        TileWork& t = tiles[i];
+        T::scores(state.q + t.first * state.q_stride, state.q_stride, state.sum + t.first, t.rows, keys, state.dk,
+                  t.panels, t.products);
       }
-      rescale<V>(&state, r0, rows, highest, total, scales.v_largest, factor);
-      T::values(p, rows, values, panels, state.dv, factor, state.out + r0 * state.dv);
+      for (int i = 0; i < n; ++i) {
+        TileWork& t = tiles[i];
+        const TileBlock block_of{args,
+                                 scales,
+                                 span,
+                                 state.row + t.first,
+                                 t.rows,
+                                 state.scale + t.first,
+                                 state.shift + t.first,
+                                 state.poison + t.first,
+                                 t.products,
+                                 t.weights,
+                                 t.highest,
+                                 t.total};
+        if (t.whole && !scales.any_bad) {
+          softmax_whole<V, H, T>(block_of);
+        } else {
+          softmax_masked<V, H, T>(block_of);
+        }
+      }
+      for (int i = 0; i < n; ++i) {
+        TileWork& t = tiles[i];
+        rescale<V>(&state, t.first, t.rows, t.highest, t.total, scales.v_largest, t.factor);
+        T::values(t.weights, t.rows, values, t.panels, state.dv, t.factor, state.out + t.first * state.dv);
+      }
     }
   }
 
