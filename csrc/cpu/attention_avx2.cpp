@@ -61,11 +61,21 @@ inline void store_integers(int8_t* p, Vec a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(s, s));
 }
 
+inline __m256i magnitude(Vec a) { return _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff)); }
+inline __m256i larger(__m256i a, __m256i b) { return _mm256_max_epi32(a, b); }
+inline uint32_t largest_lane(__m256i a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
+
 template <bool kWide>
 struct Tiles {
   using Query = int16_t;
   static constexpr int kIntegerBytes = kWide ? 2 : 1;  // of a key or value
   static constexpr int kRun = 4 / kIntegerBytes;
+
+  static int32_t sum_of(const Query*, int64_t) { return 0; }
 
   static void multiply(const int16_t* a, int64_t stride, int rows, const char* panel, int64_t steps, int32_t* sums) {
     if constexpr (kWide) {

@@ -61,6 +61,15 @@ inline void store_integers(int8_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
+inline __m512i magnitude(Vec a) { return _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff)); }
+inline __m512i larger(__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }
+inline uint32_t largest_lane(__m512i a) {
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
+
 template <bool kWide>
 struct QueryOf {
   using type = int8_t;
@@ -163,6 +172,17 @@ using ValueTile = void (*)(const uint8_t*, const char*, int64_t, int64_t, const 
 template <bool kWide>
 struct Tiles {
   using Query = typename QueryOf<kWide>::type;
+
+  static int32_t sum_of(const Query* q, int64_t n) {
+    if constexpr (kWide) return 0;
+    __m128i sum = _mm_setzero_si128();
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), load_16(q + i));
+      sum = _mm_add_epi32(sum, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+    }
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+  }
 
   static void scores(const Query* q, int64_t stride, const int32_t* sums, int rows, const void* keys, int64_t dk,
                      int panels, int32_t* s) {

@@ -54,6 +54,10 @@ inline void store_integers(int8_t* p, Vec a) {
   __builtin_memcpy(p, &bytes, sizeof(bytes));
 }
 
+inline uint32x4_t magnitude(Vec a) { return vandq_u32(vreinterpretq_u32_f32(a.v), vdupq_n_u32(0x7fffffff)); }
+inline uint32x4_t larger(uint32x4_t a, uint32x4_t b) { return vmaxq_u32(a, b); }
+inline uint32_t largest_lane(uint32x4_t a) { return vmaxvq_u32(a); }
+
 inline void transpose_words(const int32_t* rows, int64_t stride, int64_t words, int32_t* out) {
   for (int64_t w = 0; w < words; ++w)
     for (int t = 0; t < kTokenPanel; ++t) out[w * kTokenPanel + t] = rows[t * stride + w];
@@ -151,6 +155,8 @@ template <>
 struct Tiles<true> {
   using Query = int16_t;
 
+  static int32_t sum_of(const Query*, int64_t) { return 0; }
+
   static void multiply(const int16_t* a, int64_t stride, int rows, const int16_t* b, int64_t steps, int32_t* sums) {
     in_threes(rows, [&](auto n, int r) {
       tile_wide<decltype(n)::value>(a + r * stride, stride, b, steps, sums + r * kSumStride);
@@ -173,6 +179,8 @@ struct Tiles<true> {
 template <>
 struct Tiles<false> {
   using Query = int8_t;
+
+  static int32_t sum_of(const Query*, int64_t) { return 0; }
 
   static void scores(const Query* q, int64_t stride, const int32_t*, int rows, const void* keys, int64_t dk, int panels,
                      int32_t* s) {

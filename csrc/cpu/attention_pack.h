@@ -1,7 +1,9 @@
 // Quantizes tokens and lays them out as attention.h draws it, as a template over a path's vector class. The path's file
 // also has, beside Vec:
 //
-//   void store_integers(int16_t* | int8_t*, Vec)    integral lanes that fit
+//   void store_integers(int16_t* | int8_t*, Vec)    rounded half to even; they fit
+//   magnitude(Vec)                                  the bits without the sign, as a vector of integers,
+//   larger(a, b), uint32_t largest_lane(a)          and the larger of these
 //   void transpose_words(const int32_t* rows, int64_t stride, int64_t words, int32_t* out)
 //       rows [16][stride words] to out [words][16]
 //   void interleave(const int16_t* rows, int64_t stride, int16_t* out)      16 channels of two tokens side by side
@@ -22,33 +24,42 @@ constexpr int64_t kRowFloats = kMaxHeadDim + 16;
 
 constexpr int largest_integer(int bits) { return (1 << (bits - 1)) - 1; }
 
-// x [n] to integers, n a multiple of 16. Returns the scale, NaN (and zeros) where x is not finite.
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+// x [n] - minus [n] (or x where it is null) to integers, n a multiple of 16. Returns the scale, NaN (and zeros) where x
+// is not finite. A negative sign gives the integers of -x.
 template <class V, class T>
-inline float quantize_token(const float* x, int64_t n, int q_max, float sign, T* out) {
-  V largest = V::set1(0.f), finite = V::set1(0.f);
-  for (int64_t i = 0; i < n; i += V::kLanes) {
-    const V v = V::load(x + i);
-    largest = max(largest, abs(v));
-    finite = fma(v, V::set1(0.f), finite);
-  }
-  if (reduce_add(finite) != 0.f) {
+__attribute__((always_inline)) inline float quantize_token(const float* x, const float* minus, int64_t n, int q_max,
+                                                           float sign, T* out) {
+  const auto load = [&](int64_t i) __attribute__((always_inline)) {
+    return minus == nullptr ? V::load(x + i) : V::load(x + i) - V::load(minus + i);
+  };
+  // As integers, magnitudes are ordered as they are as floats, and what is not finite lies above all that is.
+  auto largest = magnitude(load(0));
+  for (int64_t i = V::kLanes; i < n; i += V::kLanes) largest = larger(largest, magnitude(load(i)));
+  const uint32_t bits = largest_lane(largest);
+  if (bits >= kInfinityBits) {
     for (int64_t i = 0; i < n; ++i) out[i] = 0;
     return __builtin_nanf("");
   }
+  float amax;
+  __builtin_memcpy(&amax, &bits, sizeof(amax));
   const float step = 1.f / static_cast<float>(q_max);
-  const float wanted = reduce_max(largest) * step;
+  const float wanted = amax * step;
   const float scale = wanted > kMinTokenRange * step ? wanted : kMinTokenRange * step;
-  const V inverse = V::set1(1.f / scale), factor = V::set1(sign);
-  for (int64_t i = 0; i < n; i += V::kLanes) store_integers(out + i, round_even(V::load(x + i) * inverse) * factor);
+  const V inverse = V::set1(sign / scale);
+  for (int64_t i = 0; i < n; i += V::kLanes) store_integers(out + i, load(i) * inverse);
   return scale;
 }
 
-// A token to float32 in `row`, zeros up to a multiple of 16.
+// A token as float32, zeros up to a multiple of 16: where it lies, or in `row`.
 template <class V>
-inline void load_token(const void* x, DType dtype, int64_t index, int64_t stride, int64_t n, float* row) {
-  const int64_t bytes = element_bytes(dtype);
-  row_to_float<V>(static_cast<const char*>(x) + index * stride * bytes, dtype, n, row);
+inline const float* load_token(const void* x, DType dtype, int64_t index, int64_t stride, int64_t n, float* row) {
+  const char* token = static_cast<const char*>(x) + index * stride * element_bytes(dtype);
+  if (dtype == DType::kFloat32 && n % 16 == 0) return reinterpret_cast<const float*>(token);
+  row_to_float<V>(token, dtype, n, row);
   for (int64_t i = n; i < round_up(n, 16); ++i) row[i] = 0.f;
+  return row;
 }
 
 // Sums in the order of the tokens within blocks of 64, then of the blocks.
@@ -61,12 +72,7 @@ void key_mean(const void* k, DType dtype, int64_t stride, int64_t tokens, int64_
     for (int64_t i = 0; i < n; ++i) sum[i] = 0.f;
     const int64_t end = smaller(tokens, start + kKeyBlock);
     for (int64_t t = start; t < end; ++t) {
-      const float* x = row;
-      if (dtype == DType::kFloat32 && d == n) {
-        x = static_cast<const float*>(k) + t * stride;
-      } else {
-        load_token<V>(k, dtype, t, stride, d, row);
-      }
+      const float* x = load_token<V>(k, dtype, t, stride, d, row);
       for (int64_t i = 0; i < n; i += V::kLanes) store(sum + i, V::load(sum + i) + V::load(x + i));
     }
     for (int64_t i = 0; i < n; i += V::kLanes) store(total + i, V::load(total + i) + V::load(sum + i));
@@ -94,15 +100,13 @@ struct Packer {
   }
 
   float key(int64_t token, T* out) {
-    load_token<V>(args.k, args.dtype, token, args.k_stride, args.d, row);
-    const int64_t n = round_up(args.d, 16);
-    for (int64_t i = 0; i < n; i += V::kLanes) store(row + i, V::load(row + i) - V::load(mean + i));
-    return quantize_token<V>(row, n, q_max, 1.f, out);
+    const float* x = load_token<V>(args.k, args.dtype, token, args.k_stride, args.d, row);
+    return quantize_token<V>(x, mean, round_up(args.d, 16), q_max, 1.f, out);
   }
 
   float value(int64_t token, T* out) {
-    load_token<V>(args.v, args.dtype, token, args.v_stride, args.dv, row);
-    return quantize_token<V>(row, dv, q_max, 1.f, out);
+    const float* x = load_token<V>(args.v, args.dtype, token, args.v_stride, args.dv, row);
+    return quantize_token<V>(x, nullptr, dv, q_max, 1.f, out);
   }
 
   // 16 tokens from `token` on, of which `n` exist; their place is free.

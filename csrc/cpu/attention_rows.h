@@ -4,6 +4,7 @@
 //   Vec from_integers(const int32_t*)                    before this header
 //   template <bool kWide> struct Tiles {
 //     using Query;                                       int8_t or int16_t: how the integers of a query are held
+//     static int32_t sum_of(const Query* q, int64_t n);  of a query's integers, if scores wants it, else 0
 //     static void scores(const Query* q, int64_t stride, const int32_t* sums, int rows, const void* keys, int64_t dk,
 //                        int panels, int32_t* s);        s [rows][64] = Q K^T; sums[r] = sum of q's integers
 //     static void store_weights(const Shorts (&p)[…], void* row);     a row of P', kWeightBytes
@@ -71,7 +72,7 @@ inline void prepare_scales(const float* k_scale, const float* v_scale, int token
   for (int j = 0; j < kKeyBlock; j += V::kLanes) largest = max(largest, V::load(v + j));
   out->v_largest = reduce_max(largest);
   const V step = V::set1(out->v_largest > 0.f ? static_cast<float>(kValueOne) / out->v_largest : 0.f);
-  for (int j = 0; j < kKeyBlock; j += V::kLanes) store_integers(out->v + j, round_even(V::load(v + j) * step));
+  for (int j = 0; j < kKeyBlock; j += V::kLanes) store_integers(out->v + j, V::load(v + j) * step);
 }
 
 // Scratch memory of one call, and where its parts lie.
@@ -133,10 +134,10 @@ inline float mean_product(const AttentionRows& a, const float* q) {
   return sum;
 }
 
-template <class V, class Query>
+template <class V, class T, class Query>
 inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
   const AttentionArgs& args = *a.args;
-  alignas(64) float x[kRowFloats];
+  alignas(64) float buffer[kRowFloats];
   const int q_max = largest_integer(args.bits);
   for (int64_t r = 0; r < state->slots; ++r) {
     Query* q = state->q + r * state->q_stride;
@@ -151,9 +152,9 @@ inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
     state->row[r] = {place.i + offset_of(a),
                      a.b * args.mask.stride_b + place.head * args.mask.stride_h + place.i * args.mask.stride_i};
     const int64_t start = a.b * args.q.stride_b + place.head * args.q.stride_h;
-    load_token<V>(static_cast<const char*>(args.q.data) + start * element_bytes(args.dtype), args.dtype,
-                  a.q_begin + place.i, args.q.stride_s, args.d, x);
-    const float scale = quantize_token<V>(x, state->q_stride, q_max, args.scale < 0.f ? -1.f : 1.f, q);
+    const float* x = load_token<V>(static_cast<const char*>(args.q.data) + start * element_bytes(args.dtype),
+                                   args.dtype, a.q_begin + place.i, args.q.stride_s, args.d, buffer);
+    const float scale = quantize_token<V>(x, nullptr, state->q_stride, q_max, args.scale < 0.f ? -1.f : 1.f, q);
     state->bad[r] = scale != scale;
     if (scale == scale) {
       state->scale[r] = scale * args.scale_ticks;
@@ -161,9 +162,7 @@ inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
       if (args.softcap != 0.f)
         state->shift[r] = mean_product(a, x) * (args.scale < 0.f ? -args.scale_ticks : args.scale_ticks);
     }
-    int32_t sum = 0;
-    for (int64_t i = 0; i < state->q_stride; ++i) sum += q[i];
-    state->sum[r] = sum;
+    state->sum[r] = T::sum_of(q, state->q_stride);
   }
   for (int64_t i = 0; i < state->tiles * kTileSlots; ++i) state->highest[i] = -__builtin_inff(), state->total[i] = 0.f;
   for (int64_t i = 0; i < state->slots * state->dv; ++i) state->out[i] = 0.f;
@@ -316,10 +315,10 @@ inline void store_row(const float* row, float factor, int64_t n, DType dtype, vo
 template <class V>
 inline float mean_score(const AttentionRows& a, const Place& place) {
   const AttentionArgs& args = *a.args;
-  alignas(64) float x[kRowFloats];
+  alignas(64) float buffer[kRowFloats];
   const int64_t start = a.b * args.q.stride_b + place.head * args.q.stride_h;
-  load_token<V>(static_cast<const char*>(args.q.data) + start * element_bytes(args.dtype), args.dtype,
-                a.q_begin + place.i, args.q.stride_s, args.d, x);
+  const float* x = load_token<V>(static_cast<const char*>(args.q.data) + start * element_bytes(args.dtype), args.dtype,
+                                 a.q_begin + place.i, args.q.stride_s, args.d, buffer);
   return mean_product(a, x) * args.scale;
 }
 
@@ -391,7 +390,7 @@ void attend(const AttentionRows& a) {
   using Query = typename T::Query;
   const AttentionArgs& args = *a.args;
   RowState<Query> state(a, a.scratch);
-  quantize_queries<V>(a, &state);
+  quantize_queries<V, T>(a, &state);
 
   TileWork tiles[kTileBatch];
   BlockScales scales;

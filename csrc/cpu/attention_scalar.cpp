@@ -33,8 +33,11 @@ inline int32_t sum(const Shorts (&p)[kCount]) {
 }
 
 inline Vec from_integers(const int32_t* p) { return {static_cast<float>(*p)}; }
-inline void store_integers(int16_t* p, Vec a) { *p = static_cast<int16_t>(a.v); }
-inline void store_integers(int8_t* p, Vec a) { *p = static_cast<int8_t>(a.v); }
+inline void store_integers(int16_t* p, Vec a) { *p = static_cast<int16_t>(round_half_even(a.v)); }
+inline void store_integers(int8_t* p, Vec a) { *p = static_cast<int8_t>(round_half_even(a.v)); }
+inline uint32_t magnitude(Vec a) { return bits_from_float(a.v) & 0x7fffffffu; }
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+inline uint32_t largest_lane(uint32_t a) { return a; }
 
 inline void transpose_words(const int32_t* rows, int64_t stride, int64_t words, int32_t* out) {
   for (int64_t w = 0; w < words; ++w)
@@ -53,6 +56,8 @@ template <class T>
 struct Tiles {
   using Query = T;
   static constexpr int kRun = 4 / sizeof(T);
+
+  static int32_t sum_of(const Query*, int64_t) { return 0; }
 
   static void scores(const Query* q, int64_t stride, const int32_t*, int rows, const void* keys, int64_t dk, int panels,
                      int32_t* s) {
