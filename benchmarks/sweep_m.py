@@ -21,7 +21,8 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent))
 import idle
-from peer import CannotRun, tcompress_linear, torch_fp32
+from linear_peer import tcompress_linear, torch_fp32
+from peer import CannotRun
 
 from tcompress.timing import alternate
 
