@@ -65,7 +65,9 @@ def exp2_float(ticks: torch.Tensor) -> torch.Tensor:
     p = torch.zeros_like(x)
     for c in reversed(EXP2_FLOAT):
         p = (p + c) * x
-    return (p + 1.0) * torch.where(n.isnan(), math.nan, torch.ldexp(torch.ones_like(n), n.nan_to_num(0.0)))
+    # The power from its bits: torch.ldexp multiplies by a pow() that may be off by an ulp.
+    power = ((n.nan_to_num(0.0).int() + 127) << 23).view(torch.float32)
+    return (p + 1.0) * power  # a NaN is in p
 
 
 def soften(ticks: torch.Tensor, softcap: float) -> torch.Tensor:
