@@ -115,5 +115,6 @@ def value_weights(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     [..., 1]. A token without finite scale counts as 0."""
     finite = torch.where(torch.isfinite(scale), scale, 0.0)
     largest = finite.amax(-1, keepdim=True)
-    step = torch.where(largest > 0, VALUE_ONE / largest, 0.0)
+    # as tensors: torch computes number / tensor as number * (1 / tensor), which rounds twice
+    step = torch.where(largest > 0, torch.full_like(largest, VALUE_ONE) / largest, 0.0)
     return torch.round(finite * step).int(), largest
