@@ -74,7 +74,8 @@ def markdown(run: Run, picture: str) -> str:
         "",
         "Each library in a process of its own, all in turn; times are medians over the rounds, speedups medians of the "
         f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts {OPS[run.op].reads} "
-        "once a call. The error is against float64; GHz is the clock after the timing.",
+        "once a call. The error is against float64; GHz is the clock after the timing. Calls follow each "
+        "other: what the last-level cache holds is read from there.",
         "",
         f"![Speedups over {BASELINE}]({picture})",
         "",

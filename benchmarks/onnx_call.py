@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peer import Call
+from peer import Call, CannotRun
 
 OPSET = 17
 Tensors = Mapping[str, torch.Tensor]
@@ -31,13 +31,21 @@ def model(nodes: list[Any], inputs: Tensors, outputs: Tensors, constants: Tensor
 
 
 def session(serialized: bytes) -> Any:
-    """On torch's number of threads."""
+    """On torch's number of threads.
+
+    Raises:
+        CannotRun: this version does not know the ops of the model.
+    """
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    except (Fail, InvalidGraph, NotImplemented) as error:
+        raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} does not take the model: {error}") from error
 
 
 def call(serialized: bytes, inputs: Tensors) -> Call:

@@ -19,7 +19,11 @@ SHAPES = {
     "decode_attention": [AttentionShape("tiny", 1, 4, 2, 1, 70, 16)],
 }
 #: Those of other packages take long to import.
-CASES = [(op, name) for op in SHAPES for name in OPS[op].peers if name.startswith(("torch-", "tcompress-"))]
+CASES = [
+    pytest.param(op, name, marks=[] if name.startswith(("torch-", "tcompress-")) else pytest.mark.slow)
+    for op in SHAPES
+    for name in OPS[op].peers
+]
 
 
 def test_shapes():
@@ -61,15 +65,20 @@ def test_errors():
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)
-def test_torchs_and_our_attention_is_within_its_tolerance(op: str, name: str):
+def test_a_peer_is_within_its_tolerance(op: str, name: str):
     problem: Problem = OPS[op].problem
+    reasons = []
     for shape in SHAPES[op]:
         inputs = problem.inputs(shape)
         try:
             call = OPS[op].peers[name].build(*inputs)
         except CannotRun as reason:
-            pytest.skip(str(reason))
+            reasons.append(str(reason))
+            continue
         with torch.inference_mode():
-            got = call()
+            for _ in range(3):  # over a cache, the calls write into it or append to it
+                got = call()
         assert got.shape == inputs[0].shape
         assert problem.errors(got, problem.expected(*inputs))["relative_error"] < OPS[op].peers[name].tolerance
+    if len(reasons) == len(SHAPES[op]):
+        pytest.skip("; ".join(dict.fromkeys(reasons)))
