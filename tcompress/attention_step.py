@@ -1,4 +1,4 @@
-"""The attention part of compression: which attention is quantized, by its accuracy on the data, and how it gets there."""
+"""The attention part of compression: what is quantized, by its accuracy on the data, and how that gets into the model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from rich import get_console
 from rich.progress import track
 from torch import nn
 
-from tcompress import calibrate, attention_step, replace
+from tcompress import attention_step, calibrate, replace
 from tcompress.errors import CompressionWarning, message
 from tcompress.fuse import fuse
 from tcompress.match import COMPRESSED, Match, Skip, match
@@ -44,7 +44,8 @@ def compress(
         model: any module. A module that stands at several places is replaced once, at all of them.
         recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
         data: optional samples, on which each layer's output is compared with its replacement's for the report, and
-            by which attention that would lose too much (`Quantize.min_cosine`) stays in floating point. A tensor, a mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+            by which attention that would lose too much (`Quantize.min_cosine`) stays in floating point. A tensor, a
+            mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 

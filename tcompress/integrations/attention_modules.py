@@ -26,10 +26,11 @@ from tcompress.ops.quantized_attention import MAX_HEAD_DIM
 CHILD = "tcompress_attention"
 IMPLEMENTATION = "tcompress"
 #: What the function is told by name and can do, or need not know: sizes for flash attention, which passes them alone.
-_UNDERSTOOD = frozenset(
-    "query key value attention_mask dropout scaling is_causal softcap sliding_window output_attentions position_ids"
-    " deterministic cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
-)
+_UNDERSTOOD = {
+    *("query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "softcap"),
+    *("sliding_window", "output_attentions", "position_ids", "deterministic"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
 _HEAD_DIMS = ("head_dim", "attention_head_size", "qk_head_dim", "v_head_dim", "key_value_proj_dim")
 
 
@@ -37,7 +38,7 @@ def interface_modules(model: nn.Module) -> dict[nn.Module, str | None]:
     """The modules that call the attention interface, each with the reason why it cannot be quantized, or None."""
     found: dict[nn.Module, str | None] = {}
     for root in _pretrained(model):
-        modules = [m for m in root.modules() if _config(m) is not None and interface_keywords(type(m)) is not None]
+        modules = [m for m in root.modules() if _config(m) is not None and _keywords(m) is not None]
         if not modules:
             continue
         obstacle = _obstacle(modules)
@@ -50,6 +51,11 @@ def interface_modules(model: nn.Module) -> dict[nn.Module, str | None]:
             else:
                 found[module] = _too_wide(module)
     return found
+
+
+def _keywords(module: nn.Module) -> frozenset[str] | None:
+    cls: type = type(module)
+    return interface_keywords(cls)
 
 
 @cache
@@ -91,7 +97,7 @@ def attach(model: nn.Module, attentions: Mapping[str, Int8Attention]) -> None:
             continue
         root.set_attn_implementation(IMPLEMENTATION)
         for module in inside:
-            calls = _config(module) is not None and interface_keywords(type(module)) is not None
+            calls = _config(module) is not None and _keywords(module) is not None
             if calls and not hasattr(module, CHILD):
                 setattr(module, CHILD, Int8Attention(precision="float").train(module.training))
     for name, module in zip(attentions, chosen, strict=True):
@@ -133,7 +139,7 @@ def _config(module: nn.Module) -> Any:
 def _obstacle(modules: list[nn.Module]) -> str | None:
     """What keeps a whole model from using the function: it would reach all of these modules."""
     for module in modules:
-        more = sorted((interface_keywords(type(module)) or frozenset()) - _UNDERSTOOD)
+        more = sorted((_keywords(module) or frozenset()) - _UNDERSTOOD)
         if more:
             return f"{type(module).__name__} passes {', '.join(more)} to the attention function"
         if getattr(_config(module), "output_attentions", False):

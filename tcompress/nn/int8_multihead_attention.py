@@ -69,9 +69,10 @@ class Int8MultiheadAttention(nn.Module):
         self.vdim = embed_dim if vdim is None else vdim
         self._qkv_same_embed_dim = self.kdim == self.vdim == embed_dim
         self.dropout, self.batch_first = dropout, batch_first
-        for name, inputs in (("q_proj", embed_dim), ("k_proj", self.kdim), ("v_proj", self.vdim)):
-            self.add_module(name, nn.Linear(inputs, embed_dim, bias=bias, device=device, dtype=dtype))
-        self.out_proj: nn.Module = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(self.kdim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(self.vdim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.attention = Int8Attention(bits, precision)
 
     @classmethod
@@ -220,13 +221,8 @@ class Int8MultiheadAttention(nn.Module):
         fits = fits and [s[-1] for s in shapes] == [self.embed_dim, self.kdim, self.vdim]
         batch = 0 if self.batch_first else 1
         if not fits or shapes[1][:-1] != shapes[2][:-1] or (batched and shapes[0][batch] != shapes[1][batch]):
-            tokens = ("[N, L, {}]", "[N, S, {}]") if self.batch_first else ("[L, N, {}]", "[S, N, {}]")
-            expected = ", ".join(
-                form.format(size)
-                for form, size in zip(
-                    (tokens[0], tokens[1], tokens[1]), (self.embed_dim, self.kdim, self.vdim), strict=True
-                )
-            )
+            sizes = (("L", self.embed_dim), ("S", self.kdim), ("S", self.vdim))
+            expected = ", ".join(f"[N, {t}, {size}]" if self.batch_first else f"[{t}, N, {size}]" for t, size in sizes)
             raise ValueError(message(_NAME, "query, key, value", shapes, f"{expected}, or without N"))
 
 
