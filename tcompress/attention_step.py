@@ -1,4 +1,4 @@
-"""The attention part of compression: what is quantized, by its accuracy on the data, and how that gets into the model."""
+"""The attention part of compression: what is quantized, by its accuracy on the data, and how it is put in place."""
 
 from __future__ import annotations
 
