@@ -62,7 +62,7 @@ def compress(
     recipe = Recipe.load(recipe)
     attentions, attention_skips = match_attention(model, recipe)
     converted: dict[nn.Module, nn.Module] = {m.module: m.converted for m in attentions if m.converted is not None}
-    matches, skips = match(model, recipe, converted, required=not attentions)
+    matches, skips = match(model, recipe, converted, not attentions, attention_skips)
     before = model_sizes(model)
 
     cache: replace.PackedCache = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +61,18 @@ def pattern_matches(pattern: str, name: str, module: nn.Module) -> bool:
 
 
 def match(
-    model: nn.Module, recipe: Recipe, converted: Mapping[nn.Module, nn.Module] | None = None, required: bool = True
+    model: nn.Module,
+    recipe: Recipe,
+    converted: Mapping[nn.Module, nn.Module] | None = None,
+    required: bool = True,
+    other_skips: Sequence[Skip] = (),
 ) -> tuple[list[Match], list[Skip]]:
     """Finds the linear layers and embeddings that the recipe's steps replace, in the order of the model.
 
     Args:
         converted: modules of which others will take the place (`match_attention`); what counts is what these hold.
         required: raise if there is none.
+        other_skips: what the error names where there is nothing of its own to name.
 
     Raises:
         ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed.
@@ -98,7 +103,7 @@ def match(
     matches, tied = _without_tied(model, matches)
     skips += tied
     if not matches and required:
-        raise ValueError(_nothing_matched(model, recipe, skips))
+        raise ValueError(_nothing_matched(model, recipe, skips or list(other_skips)))
     return matches, skips
 
 

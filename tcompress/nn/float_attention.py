@@ -46,6 +46,8 @@ def float_attention(
     options = checked_options(_OP, 8, is_causal, window, softcap, scale, q.shape[-1])
     _, bottom_right, left, right, cap, factor = options
     check_groups(_OP, q.shape[1], k.shape[1], enable_gqa)
+    if factor < 0:  # of which torch's causal kernel makes NaN
+        q, factor = -q, -factor
     sq, skv = q.shape[2], k.shape[2]
     bottom_right = bottom_right and sq != skv
     visible, bias = _split(mask)
@@ -91,7 +93,7 @@ def _additive(
     """One float mask of the type that torch's function wants; what is finite stays finite in it."""
     assert visible is not None
     assert empty is not None
-    finite = bias.clamp_min(torch.finfo(dtype).min).to(dtype)
+    finite = bias.to(dtype).clamp_min(torch.finfo(dtype).min)
     return torch.where(empty, 0.0, torch.where(visible, finite, -math.inf)).to(dtype)
 
 

@@ -214,9 +214,9 @@ class Int8MultiheadAttention(nn.Module):
         return sum(_added(p, q.dtype) for p in parts)  # type: ignore[return-value]
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> None:
-        shapes = [list(x.shape) for x in (query, key, value)]
         if any(x.is_nested for x in (query, key, value)):
             raise ValueError(message(_NAME, "query", "a nested tensor", "padded tensors and key_padding_mask"))
+        shapes = [list(x.shape) for x in (query, key, value)]
         fits = query.dim() == key.dim() == value.dim() and query.dim() in (2, 3)
         fits = fits and [s[-1] for s in shapes] == [self.embed_dim, self.kdim, self.vdim]
         batch = 0 if self.batch_first else 1

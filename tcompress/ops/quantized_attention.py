@@ -119,6 +119,7 @@ def int8_attention(
     )
 
 
+@torch.compiler.assume_constant_result
 def auto_bits() -> int:
     """What `bits="auto"` means here."""
     return AUTO_BITS.get(backend.cpu_path() or "reference", 12)

