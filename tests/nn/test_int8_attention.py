@@ -101,7 +101,7 @@ def test_shared_heads_and_other_value_sizes(precision, options):
         Int8Attention(12, precision)(q, k, v, **options)
 
 
-@pytest.mark.parametrize("sq, skv", [(5, 0), (0, 5), (7, 5), (1, 9)])
+@pytest.mark.parametrize(("sq", "skv"), [(5, 0), (0, 5), (7, 5), (1, 9)])
 @pytest.mark.parametrize("precision", ["int8", "float"])
 @pytest.mark.parametrize("is_causal", [False, True, "bottom_right"])
 def test_sizes(sq, skv, precision, is_causal):
