@@ -4,6 +4,7 @@ from tcompress import nn, ops
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save
+from tcompress.kv_cache import KVCache
 from tcompress.ops import (
     int8_attention,
     int8_attention_varlen,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressResult",
+    "KVCache",
     "QuantArgs",
     "Quantize",
     "Recipe",
