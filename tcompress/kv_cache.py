@@ -32,8 +32,8 @@ class KVCache:
     `reset()`.
 
     The tensors are made by the first `append`, in blocks of 64 tokens, and double when they are full. Batch, heads,
-    head dimensions, type and device are those of the first k and v, until `reset()`. Whatever a method raises, the cache is
-    then as it was. Inference only: no gradient flows through.
+    head dimensions, type and device are those of the first k and v, until `reset()`. Whatever a method raises, the
+    cache is then as it was. Inference only: no gradient flows through.
 
     Papers: a quantized key-value cache, and what a scale per token costs it, Liu et al. (KIVI), arXiv 2402.02750,
     section 3; smoothing of K, Zhang et al. (SageAttention), arXiv 2410.02367, section 4.2.
