@@ -62,8 +62,12 @@ cpu::AttentionArgs common_args(const Tensor& q, int64_t batch, int64_t heads, in
 // Lays the result out as [B, S, H, Dv]; returns it as [B, H, S, Dv] with the logarithms [B, H, S], or [0].
 std::tuple<Tensor, Tensor> new_results(const Tensor& q, int64_t dv, bool return_lse, cpu::AttentionArgs& args) {
   const int64_t b = q.size(0), h = q.size(1), s = q.size(2);
-  Tensor out = torch::stable::new_empty(q, {b, s, h, dv});
-  Tensor lse = torch::stable::new_empty(q, return_lse ? Shape{b, h, s} : Shape{0}, ScalarType::Float);
+  const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };  // as torch counts strides
+  const int64_t token = at_least_1(h) * at_least_1(dv);
+  Tensor out = empty_strided(q, {b, h, s, dv}, {at_least_1(s) * token, at_least_1(dv), token, 1}, q.scalar_type());
+  Tensor lse = return_lse
+                   ? empty_strided(q, {b, h, s}, {at_least_1(h) * at_least_1(s), at_least_1(s), 1}, ScalarType::Float)
+                   : empty_strided(q, {0}, {1}, ScalarType::Float);
   args.out = out.data_ptr();
   args.out_stride_b = s * h * dv;
   args.out_stride_h = dv;
@@ -71,7 +75,7 @@ std::tuple<Tensor, Tensor> new_results(const Tensor& q, int64_t dv, bool return_
   args.lse = return_lse ? static_cast<float*>(lse.data_ptr()) : nullptr;
   args.lse_stride_b = h * s;
   args.lse_stride_h = s;
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> quantized_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,

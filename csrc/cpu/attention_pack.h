@@ -4,6 +4,8 @@
 //   void store_integers(int16_t* | int8_t*, Vec)    integral lanes that fit
 //   void transpose_words(const int32_t* rows, int64_t stride, int64_t words, int32_t* out)
 //       rows [16][stride words] to out [words][16]
+//   void interleave(const int16_t* rows, int64_t stride, int16_t* out)      16 channels of two tokens side by side
+//   void interleave(const int8_t* rows, int64_t stride, int8_t* out)        and of four
 #pragma once
 
 #include <cstdint>
@@ -52,10 +54,11 @@ inline void load_token(const void* x, DType dtype, int64_t index, int64_t stride
 // Sums in the order of the tokens within blocks of 64, then of the blocks.
 template <class V>
 void key_mean(const void* k, DType dtype, int64_t stride, int64_t tokens, int64_t d, float* mean) {
-  alignas(64) float total[kRowFloats] = {}, row[kRowFloats];
+  alignas(64) float total[kRowFloats], sum[kRowFloats], row[kRowFloats];
   const int64_t n = round_up(d, V::kLanes);
+  for (int64_t i = 0; i < n; ++i) total[i] = 0.f;
   for (int64_t start = 0; start < tokens; start += kKeyBlock) {
-    alignas(64) float sum[kRowFloats] = {};
+    for (int64_t i = 0; i < n; ++i) sum[i] = 0.f;
     const int64_t end = smaller(tokens, start + kKeyBlock);
     for (int64_t t = start; t < end; ++t) {
       const float* x = row;
@@ -86,7 +89,8 @@ struct Packer {
   alignas(64) T ints[kTokenPanel * kRowFloats];
 
   explicit Packer(const PackArgs& a) : args(a) {
-    for (int64_t i = 0; i < kRowFloats; ++i) mean[i] = i < args.d ? args.head.k_mean[i] : 0.f;
+    for (int64_t i = 0; i < args.d; ++i) mean[i] = args.head.k_mean[i];
+    for (int64_t i = args.d; i < round_up(args.d, 16); ++i) mean[i] = 0.f;
   }
 
   float key(int64_t token, T* out) {
@@ -115,12 +119,8 @@ struct Packer {
       for (int64_t i = 0; i < dv; ++i) ints[t * kRowFloats + i] = 0;
     T* values = static_cast<T*>(args.head.v) + block * kKeyBlock * dv;
     for (int64_t c = 0; c < dv; c += kChannelPanel)
-      for (int t = 0; t < kTokenPanel; t += kRun) {
-        T* out = values + c * kKeyBlock + (in_block + t) * kChannelPanel;
-        const T* in = ints + t * kRowFloats + c;
-        for (int i = 0; i < kChannelPanel; ++i)
-          for (int e = 0; e < kRun; ++e) out[i * kRun + e] = in[e * kRowFloats + i];
-      }
+      for (int t = 0; t < kTokenPanel; t += kRun)
+        interleave(ints + t * kRowFloats + c, kRowFloats, values + c * kKeyBlock + (in_block + t) * kChannelPanel);
   }
 
   // One token among others that stay.

@@ -46,20 +46,25 @@ struct BlockScales {
 template <class V>
 inline void prepare_scales(const float* k_scale, const float* v_scale, int tokens, BlockScales* out) {
   alignas(64) float v[kKeyBlock];
-  out->any_bad = false;
-  float check = 0.f;
-  for (int j = 0; j < tokens; ++j) check += k_scale[j] + v_scale[j];
-  if (check - check == 0.f) {
-    for (int j = 0; j < tokens; ++j) out->k[j] = k_scale[j], v[j] = v_scale[j];
-  } else {  // a sum of finite scales may overflow too
-    for (int j = 0; j < tokens; ++j) {
-      out->bad[j] = k_scale[j] != k_scale[j] || v_scale[j] != v_scale[j];
-      out->any_bad |= out->bad[j];
-      out->k[j] = k_scale[j] == k_scale[j] ? k_scale[j] : 0.f;
-      v[j] = v_scale[j] == v_scale[j] ? v_scale[j] : 0.f;
+  if (tokens == kKeyBlock) {
+    for (int j = 0; j < kKeyBlock; j += V::kLanes) {
+      store(out->k + j, V::load(k_scale + j));
+      store(v + j, V::load(v_scale + j));
     }
+  } else {
+    for (int j = 0; j < tokens; ++j) out->k[j] = k_scale[j], v[j] = v_scale[j];
+    for (int j = tokens; j < kKeyBlock; ++j) out->k[j] = v[j] = 0.f;
   }
-  for (int j = tokens; j < kKeyBlock; ++j) out->k[j] = v[j] = 0.f, out->bad[j] = false;
+  V finite = V::set1(0.f);
+  for (int j = 0; j < kKeyBlock; j += V::kLanes)
+    finite = fma(V::load(out->k + j), V::set1(0.f), fma(V::load(v + j), V::set1(0.f), finite));
+  out->any_bad = reduce_add(finite) != 0.f;
+  if (out->any_bad)
+    for (int j = 0; j < kKeyBlock; ++j) {
+      out->bad[j] = out->k[j] != out->k[j] || v[j] != v[j];
+      if (out->k[j] != out->k[j]) out->k[j] = 0.f;
+      if (v[j] != v[j]) v[j] = 0.f;
+    }
   V largest = V::set1(0.f);
   for (int j = 0; j < kKeyBlock; j += V::kLanes) largest = max(largest, V::load(v + j));
   out->v_largest = reduce_max(largest);
@@ -337,7 +342,7 @@ void attend(const AttentionRows& a) {
   RowState<Query> state(a, a.scratch);
   quantize_queries<V>(a, &state);
 
-  alignas(64) int32_t products[kQueryTile * kKeyBlock] = {};
+  alignas(64) int32_t products[kQueryTile * kKeyBlock];  // of keys that none sees: anything
   alignas(64) uint8_t p[kQueryTile * kWeightBytes] = {};
   alignas(64) float highest[kTileSlots] = {}, total[kTileSlots] = {}, factor[kTileSlots] = {};
   BlockScales scales;

@@ -41,6 +41,13 @@ inline void transpose_words(const int32_t* rows, int64_t stride, int64_t words, 
     for (int t = 0; t < kTokenPanel; ++t) out[w * kTokenPanel + t] = rows[t * stride + w];
 }
 
+template <class T>
+inline void interleave(const T* rows, int64_t stride, T* out) {
+  constexpr int kRun = 4 / sizeof(T);
+  for (int i = 0; i < kChannelPanel; ++i)
+    for (int e = 0; e < kRun; ++e) out[i * kRun + e] = rows[e * stride + i];
+}
+
 // Integers that lie kRun to a 32-bit word.
 template <class T>
 struct Tiles {

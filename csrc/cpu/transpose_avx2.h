@@ -1,4 +1,4 @@
-// 16 rows of 32-bit words to columns; include only below a `#pragma GCC target` that has avx2.
+// Rows of integers to the layouts of attention.h; include only below a `#pragma GCC target` that has avx2.
 #pragma once
 
 #include <immintrin.h>
@@ -42,6 +42,31 @@ inline void transpose_words(const int32_t* rows, int64_t stride, int64_t words, 
   }
   for (; w < words; ++w)
     for (int t = 0; t < 16; ++t) out[w * 16 + t] = rows[t * stride + w];
+}
+
+inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void store_16(void* p, int index, __m128i a) { _mm_storeu_si128(static_cast<__m128i*>(p) + index, a); }
+
+// 16 channels of two rows side by side.
+inline void interleave(const int16_t* rows, int64_t stride, int16_t* out) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m128i a = load_16(rows + half * 8), b = load_16(rows + stride + half * 8);
+    store_16(out, half * 2, _mm_unpacklo_epi16(a, b));
+    store_16(out, half * 2 + 1, _mm_unpackhi_epi16(a, b));
+  }
+}
+
+// 16 channels of four rows side by side.
+inline void interleave(const int8_t* rows, int64_t stride, int8_t* out) {
+  const __m128i a = load_16(rows), b = load_16(rows + stride);
+  const __m128i c = load_16(rows + 2 * stride), d = load_16(rows + 3 * stride);
+  const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+  store_16(out, 0, _mm_unpacklo_epi16(ab, cd));
+  store_16(out, 1, _mm_unpackhi_epi16(ab, cd));
+  const __m128i ab_high = _mm_unpackhi_epi8(a, b), cd_high = _mm_unpackhi_epi8(c, d);
+  store_16(out, 2, _mm_unpacklo_epi16(ab_high, cd_high));
+  store_16(out, 3, _mm_unpackhi_epi16(ab_high, cd_high));
 }
 
 }  // namespace
