@@ -40,7 +40,7 @@ std::optional<Tensor> checked_residual(const std::optional<Tensor>& residual, co
 }
 
 // Of activations that are floats, or integers already (their type is then not used).
-DType input_dtype(ScalarType type) {
+[[maybe_unused]] DType input_dtype(ScalarType type) {
   return type == ScalarType::Char || type == ScalarType::Byte ? DType::kInt32 : float_dtype(type);
 }
 

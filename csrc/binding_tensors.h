@@ -48,7 +48,7 @@ Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::co
 
 // An uninitialised tensor where `like` is. Straight to the allocator: torch::stable::new_empty takes a microsecond
 // more.
-Tensor empty_strided(const Tensor& like, const Shape& sizes, const Shape& strides, ScalarType type) {
+[[maybe_unused]] Tensor empty_strided(const Tensor& like, const Shape& sizes, const Shape& strides, ScalarType type) {
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),

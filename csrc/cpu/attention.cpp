@@ -52,8 +52,8 @@ void parallel_queue(int threads, int64_t n, const Task& task) {
 // Bytes that attend_* needs for `rows` queries: RowState in attention_rows.h.
 int64_t row_scratch(const AttentionArgs& args, int64_t rows) {
   const int64_t slots = round_up(rows, kQueryTile), tiles = slots / kQueryTile;
-  constexpr int64_t kArrays = 9, kTileFloats = 16;
-  return slots * (round_up(args.d, 16) * 2 + padded_dv(args.dv) * 4 + 2 * 4 + 2 + 16) + 2 * tiles * kTileFloats * 4 +
+  constexpr int64_t kArrays = 10, kTileFloats = 16;
+  return slots * (round_up(args.d, 16) * 2 + padded_dv(args.dv) * 4 + 3 * 4 + 2 + 16) + 2 * tiles * kTileFloats * 4 +
          kArrays * kCacheLine;
 }
 

@@ -79,6 +79,7 @@ struct RowState {
   Query* q;         // [slots][q_stride]
   float* out;       // [slots][dv], not yet divided
   float* scale;     // [slots] of the queries, in ticks
+  float* shift;     // [slots] with softcap: what smoothing the keys took from the query's scores, in ticks
   float* highest;   // [tiles][kTileSlots] running maximum
   float* total;     // [tiles][kTileSlots] sum of P, in units of 2^-13 of the running maximum
   int32_t* sum;     // [slots] of a query's integers
@@ -101,6 +102,7 @@ struct RowState {
     q = reinterpret_cast<Query*>(take(slots * q_stride * sizeof(Query)));
     out = reinterpret_cast<float*>(take(slots * dv * 4));
     scale = reinterpret_cast<float*>(take(slots * 4));
+    shift = reinterpret_cast<float*>(take(slots * 4));
     highest = reinterpret_cast<float*>(take(tiles * kTileSlots * 4));
     total = reinterpret_cast<float*>(take(tiles * kTileSlots * 4));
     sum = reinterpret_cast<int32_t*>(take(slots * 4));
@@ -122,6 +124,13 @@ inline Place place_of(const AttentionRows& a, int64_t row) {
 }
 inline int64_t offset_of(const AttentionRows& a) { return a.args->window.bottom_right ? a.head.length - a.sq : 0; }
 
+// q . k_mean, in the order of the channels.
+inline float mean_product(const AttentionRows& a, const float* q) {
+  float sum = 0.f;
+  for (int64_t i = 0; i < a.args->d; ++i) sum += q[i] * a.head.k_mean[i];
+  return sum;
+}
+
 template <class V, class Query>
 inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
   const AttentionArgs& args = *a.args;
@@ -129,7 +138,7 @@ inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
   const int q_max = largest_integer(args.bits);
   for (int64_t r = 0; r < state->slots; ++r) {
     Query* q = state->q + r * state->q_stride;
-    state->scale[r] = 0.f;
+    state->scale[r] = state->shift[r] = 0.f;
     state->poison[r] = state->bad[r] = 0;
     state->sum[r] = 0;
     if (r >= state->rows) {
@@ -144,7 +153,12 @@ inline void quantize_queries(const AttentionRows& a, RowState<Query>* state) {
                   a.q_begin + place.i, args.q.stride_s, args.d, x);
     const float scale = quantize_token<V>(x, state->q_stride, q_max, args.scale < 0.f ? -1.f : 1.f, q);
     state->bad[r] = scale != scale;
-    state->scale[r] = scale == scale ? scale * args.scale_ticks : 0.f;
+    if (scale == scale) {
+      state->scale[r] = scale * args.scale_ticks;
+      // The cap is no shift of all scores: it needs them whole.
+      if (args.softcap != 0.f)
+        state->shift[r] = mean_product(a, x) * (args.scale < 0.f ? -args.scale_ticks : args.scale_ticks);
+    }
     int32_t sum = 0;
     for (int64_t i = 0; i < state->q_stride; ++i) sum += q[i];
     state->sum[r] = sum;
@@ -181,7 +195,7 @@ struct TileBlock {
   KeySpan span;
   const QueryRow* row;
   int rows;
-  const float* q_scale;
+  const float *q_scale, *shift;
   uint8_t* poison;
   const int32_t* products;  // [rows][64]
   uint8_t* weights;         // [rows][kWeightBytes]
@@ -219,15 +233,15 @@ inline void softmax_masked(const TileBlock& t) {
   for (int r = 0; r < t.rows; ++r) {
     Scores<V> s;
     load_scores<V>(t.products + r * kKeyBlock, t.scales.k, s);
-    const V q_scale = V::set1(t.q_scale[r]);
-    V finite = V::set1(0.f);
+    const V q_scale = V::set1(t.q_scale[r]), shift = V::set1(t.shift[r]);
+    V finite = shift * V::set1(0.f);
 #pragma GCC unroll 64
     for (int i = 0; i < kVecs; ++i) {
       s[i] = s[i] * q_scale;
       finite = fma(s[i], V::set1(0.f), finite);
     }
     if (t.args.softcap != 0.f)
-      for (int i = 0; i < kVecs; ++i) s[i] = soften(s[i], t.args.softcap_ticks, t.args.softcap_factor);
+      for (int i = 0; i < kVecs; ++i) s[i] = soften(s[i] + shift, t.args.softcap_ticks, t.args.softcap_factor);
 
     const KeyRange range = visible_range(t.args.window, t.row[r].position, t.span);
     alignas(64) float built[kKeyBlock];
@@ -304,9 +318,7 @@ inline float mean_score(const AttentionRows& a, const Place& place) {
   const int64_t start = a.b * args.q.stride_b + place.head * args.q.stride_h;
   load_token<V>(static_cast<const char*>(args.q.data) + start * element_bytes(args.dtype), args.dtype,
                 a.q_begin + place.i, args.q.stride_s, args.d, x);
-  float sum = 0.f;
-  for (int64_t i = 0; i < args.d; ++i) sum += x[i] * a.head.k_mean[i];
-  return sum * args.scale;
+  return mean_product(a, x) * args.scale;
 }
 
 struct RowResult {
@@ -330,7 +342,9 @@ inline void write_row(const AttentionRows& a, int64_t row, const RowResult& resu
                static_cast<char*>(args.out) + start * element_bytes(args.dtype));
   if (args.lse == nullptr) return;
   float lse = -__builtin_inff();
-  if (!empty) lse = result.highest / kTicksPerNat + __builtin_logf(result.total / kWeightOne) + mean_score<V>(a, place);
+  if (!empty)
+    lse = result.highest / kTicksPerNat + __builtin_logf(result.total / kWeightOne) +
+          (args.softcap == 0.f ? mean_score<V>(a, place) : 0.f);
   args.lse[a.b * args.lse_stride_b + place.head * args.lse_stride_h + a.q_begin + place.i] =
       factor == factor ? lse : factor;
 }
@@ -376,7 +390,7 @@ void attend(const AttentionRows& a) {
       if (args.window.right >= 0) seen = smaller(seen, last + args.window.right + 1 - span.j0);
       const int panels = static_cast<int>(ceil_div(seen, kTokenPanel));
       T::scores(state.q + r0 * state.q_stride, state.q_stride, state.sum + r0, rows, keys, state.dk, panels, products);
-      const TileBlock tile{args,     scales, span,    row,  rows, state.scale + r0, state.poison + r0,
+      const TileBlock tile{args,     scales, span,    row,  rows, state.scale + r0, state.shift + r0, state.poison + r0,
                            products, p,      highest, total};
       if (sight == Sight::kAll && span.tokens == kKeyBlock && !scales.any_bad && args.softcap == 0.f) {
         softmax_whole<V, H, T>(tile);
