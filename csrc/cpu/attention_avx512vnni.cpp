@@ -45,8 +45,12 @@ inline Shorts power(Shorts ticks) {
   return {_mm512_permutexvar_epi16(_mm512_srli_epi16(ticks.v, 11), _mm512_load_si512(kPowers))};
 }
 inline int32_t sum(const Shorts (&p)[2]) {
-  const __m512i ones = _mm512_set1_epi16(1);
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_madd_epi16(p[0].v, ones), _mm512_madd_epi16(p[1].v, ones)));
+  const __m512i both = _mm512_dpwssd_epi32(
+      _mm512_dpwssd_epi32(_mm512_setzero_si512(), p[0].v, _mm512_set1_epi16(1)), p[1].v, _mm512_set1_epi16(1));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
 inline Vec from_integers(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }

@@ -19,15 +19,16 @@ from typing import Any
 from torch import nn
 
 from tcompress.errors import message
+from tcompress.integrations.transformers_attention import NAME, register
 from tcompress.nn.int8_attention import Int8Attention
 from tcompress.ops.quantized_attention import MAX_HEAD_DIM
 
-#: Name of the child that computes a module's attention, and of the function that calls it.
+#: Name of the child that computes a module's attention.
 CHILD = "tcompress_attention"
-IMPLEMENTATION = "tcompress"
 #: What the function is told by name and can do, or need not know: sizes for flash attention, which passes them alone.
 _UNDERSTOOD = {
     *("query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "softcap"),
+    "position_bias",
     *("sliding_window", "output_attentions", "position_ids", "deterministic"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
@@ -85,8 +86,6 @@ def attach(model: nn.Module, attentions: Mapping[str, Int8Attention]) -> None:
     Raises:
         ValueError: `transformers` did not let a module choose.
     """
-    from tcompress.integrations.transformers_attention import register
-
     register()
     chosen = {model.get_submodule(name): attention for name, attention in attentions.items()}
     for module, attention in chosen.items():
@@ -95,15 +94,15 @@ def attach(model: nn.Module, attentions: Mapping[str, Int8Attention]) -> None:
         inside = list(root.modules())
         if not any(module in chosen for module in inside):
             continue
-        root.set_attn_implementation(IMPLEMENTATION)
+        root.set_attn_implementation(NAME)
         for module in inside:
             calls = _config(module) is not None and _keywords(module) is not None
             if calls and not hasattr(module, CHILD):
                 setattr(module, CHILD, Int8Attention(precision="float").train(module.training))
     for name, module in zip(attentions, chosen, strict=True):
         got = getattr(_config(module), "_attn_implementation", None)
-        if got != IMPLEMENTATION:
-            raise ValueError(message("attach", name, f"attention by {got!r}", repr(IMPLEMENTATION)))
+        if got != NAME:
+            raise ValueError(message("attach", name, f"attention by {got!r}", repr(NAME)))
 
 
 @contextmanager
@@ -138,6 +137,10 @@ def _config(module: nn.Module) -> Any:
 
 def _obstacle(modules: list[nn.Module]) -> str | None:
     """What keeps a whole model from using the function: it would reach all of these modules."""
+    try:
+        register()
+    except ImportError as error:
+        return str(error)
     for module in modules:
         more = sorted((_keywords(module) or frozenset()) - _UNDERSTOOD)
         if more:
@@ -157,12 +160,9 @@ def _too_wide(module: nn.Module) -> str | None:
 
 def _settable(root: Any, modules: list[nn.Module]) -> set[nn.Module]:
     """The modules whose function `transformers` lets one choose, found by choosing it for a moment."""
-    from tcompress.integrations.transformers_attention import register
-
-    register()
     with _kept_implementation(root):
-        root.set_attn_implementation(IMPLEMENTATION)
-        return {m for m in modules if _config(m)._attn_implementation == IMPLEMENTATION}
+        root.set_attn_implementation(NAME)
+        return {m for m in modules if _config(m)._attn_implementation == NAME}
 
 
 @contextmanager
