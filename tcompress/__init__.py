@@ -4,6 +4,8 @@ from tcompress import nn, ops
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save
+from tcompress.integrations.transformers_attention import register_when_imported
+from tcompress.kv_cache import KVCache
 from tcompress.ops import (
     int8_attention,
     int8_attention_varlen,
@@ -16,8 +18,11 @@ from tcompress.report.report import Report
 
 __version__ = "0.1.0"
 
+register_when_imported()
+
 __all__ = [
     "CompressResult",
+    "KVCache",
     "QuantArgs",
     "Quantize",
     "Recipe",

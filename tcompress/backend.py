@@ -114,19 +114,33 @@ def use_cpu_path(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: unknown name. RuntimeError: this processor lacks the instructions, or the extension is not built.
     """
+    global _path
     if _extension.C is None:
         raise RuntimeError(message("use_cpu_path", "name", repr(name), "a CPU path", _extension.WHY_NOT))
     previous = _extension.C.forced_path()
     _extension.C.force_path(name or "")
+    _path = _extension.C.current_path()
     try:
         yield
     finally:
         _extension.C.force_path(previous)
+        _path = _extension.C.current_path()
+
+
+def _path_at_import() -> str | None:
+    try:
+        return None if _extension.C is None else _extension.C.current_path()
+    except (ValueError, RuntimeError):  # TCOMPRESS_CPU_PATH is wrong: `cpu_path` raises when it is asked
+        return None
+
+
+#: Kept here because torch.compile cannot look into the extension, but compiles anew when a variable has changed.
+_path = _path_at_import()
 
 
 def cpu_path() -> str | None:
     """The path in force, or None where the extension is not built."""
-    return None if _extension.C is None else _extension.C.current_path()
+    return _path if _path is not None or _extension.C is None else _extension.C.current_path()
 
 
 def select(op: str, *args: Any, **kwargs: Any) -> str:

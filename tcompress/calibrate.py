@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tcompress.attention_error import AttentionError
 from tcompress.errors import message
+from tcompress.integrations.attention_modules import attached
+from tcompress.match_attention import AttentionMatch
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -86,28 +90,75 @@ class OutputError:
         return sqnr_db(self.signal, self.noise) if self.calls else None
 
 
+#: Cosine of a model's output in floating point under our attention function to that under its own.
+_SAME_FUNCTION = 0.9999
+
+
+@dataclass
+class Comparison:
+    """What one pass over the data found.
+
+    Attributes:
+        layers: errors by replaced module.
+        attention: errors in the order of the matches.
+        batch, output: the first batch, and the model's first output tensor on it.
+        same_function: whether the output stayed what it was when `transformers` attention was computed by our function,
+            still in floating point. It is not where a model does more than its attention function is told.
+    """
+
+    layers: dict[nn.Module, OutputError]
+    attention: list[AttentionError]
+    batch: Any
+    output: torch.Tensor | None
+    same_function: bool = True
+
+
 def compare_outputs(
-    model: nn.Module, replacements: dict[nn.Module, nn.Module], data: Any
-) -> tuple[dict[nn.Module, OutputError], Any, torch.Tensor | None]:
+    model: nn.Module, replacements: dict[nn.Module, nn.Module], data: Any, attentions: Sequence[AttentionMatch] = ()
+) -> Comparison:
     """Runs `model` on `data` and feeds each replaced layer's inputs to its replacement too.
 
-    Returns:
-        the errors by replaced module, the first batch, and the model's first output tensor on it.
+    Attention computes in floating point meanwhile, through the modules of the matches: the queries, keys and values
+    that are compared are those of the original model.
     """
-    errors = {old: OutputError(new) for old, new in replacements.items()}
-    first_batch: Any = None
-    first_output: torch.Tensor | None = None
-    handles = [old.register_forward_hook(error.hook, with_kwargs=True) for old, error in errors.items()]
-    try:
-        with evaluating(model):
-            for i, batch in enumerate(batches(data)):
-                output = run(model, batch)
-                if i == 0:
-                    first_batch, first_output = batch, first_tensor(output)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return errors, first_batch, first_output
+    layers = {old: OutputError(new) for old, new in replacements.items()}
+    errors = [AttentionError(m.step.attention_bits or 8) for m in attentions]
+    hugging_face = {m.names[0]: m.attention for m in attentions if m.kind == "transformers"}
+    stream = batches(data)
+    first = next(stream)
+    with evaluating(model), ExitStack() as stack:
+        expected = first_tensor(run(model, first)) if hugging_face else None
+        if hugging_face:
+            stack.enter_context(attached(model, hugging_face))
+        for m, error in zip(attentions, errors, strict=True):
+            stack.callback(m.attention.register_forward_hook(error.hook, with_kwargs=True).remove)
+            if m.converted is not None:
+                stack.enter_context(evaluating(m.converted))
+                stack.callback(m.module.register_forward_hook(_also(m.converted), with_kwargs=True).remove)
+        for old, layer_error in layers.items():
+            stack.callback(old.register_forward_hook(layer_error.hook, with_kwargs=True).remove)
+        output = first_tensor(run(model, first))
+        for batch in stream:
+            run(model, batch)
+    found = Comparison(layers, errors, first, output)
+    if expected is not None and output is not None:
+        found.output = expected
+        found.same_function = cosine(output.nan_to_num(), expected.nan_to_num()) >= _SAME_FUNCTION
+    return found
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of two tensors taken as vectors."""
+    return float(nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+def _also(other: nn.Module) -> Callable[..., None]:
+    """A forward hook that calls another module with the same arguments."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        other(*args, **kwargs)
+
+    return hook
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from rich import get_console
 from rich.progress import track
 from torch import nn
 
-from tcompress import calibrate, replace
+from tcompress import attention_step, calibrate, replace
 from tcompress.errors import CompressionWarning, message
 from tcompress.fuse import fuse
 from tcompress.match import COMPRESSED, Match, Skip, match
+from tcompress.match_attention import match_attention
 from tcompress.recipe import Recipe
 from tcompress.report.report import LayerReport, Report
 from tcompress.report.size import Sizes, model_sizes
@@ -42,8 +43,9 @@ def compress(
     Args:
         model: any module. A module that stands at several places is replaced once, at all of them.
         recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
-        data: optional samples, on which each layer's output is compared with its replacement's for the report: a
-            tensor, a mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+        data: optional samples, on which each layer's output is compared with its replacement's for the report, and
+            by which attention that would lose too much (`Quantize.min_cosine`) stays in floating point. A tensor, a
+            mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 
@@ -58,7 +60,9 @@ def compress(
     if not isinstance(model, nn.Module):
         raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
     recipe = Recipe.load(recipe)
-    matches, skips = match(model, recipe)
+    attentions, attention_skips = match_attention(model, recipe)
+    converted: dict[nn.Module, nn.Module] = {m.module: m.converted for m in attentions if m.converted is not None}
+    matches, skips = match(model, recipe, converted, not attentions, attention_skips)
     before = model_sizes(model)
 
     cache: replace.PackedCache = {}
@@ -68,27 +72,33 @@ def compress(
     layers = [_layer_report(m, replacements[m.module]) for m in matches]
 
     notes: list[str] = []
-    errors: dict[nn.Module, calibrate.OutputError] = {}
-    batch = output = None
+    found: calibrate.Comparison | None = None
     if data is not None:
-        errors, batch, output = calibrate.compare_outputs(model, replacements, data)
+        found = calibrate.compare_outputs(model, replacements, data, attentions)
         layers = [
-            layer.model_copy(update={"output_sqnr_db": errors[m.module].sqnr_db})
+            layer.model_copy(update={"output_sqnr_db": found.layers[m.module].sqnr_db})
             for layer, m in zip(layers, matches, strict=True)
         ]
-        called = {id(m.module.weight) for m in matches if errors[m.module].calls}
+        called = {id(m.module.weight) for m in matches if found.layers[m.module].calls}
         idle = [m.names[0] or "(root)" for m in matches if id(m.module.weight) not in called]
         notes += [f"{name} was never called on the data" for name in idle]
+    attention = attention_step.decide(attentions, found, notes)
 
     skipped = [_skip_report(skip) for skip in skips]
+    for m in attentions:
+        if m.converted is not None:
+            replacements[m.module] = replace.assembled(m.converted, replacements)
     compressed = replace.swap(model, replacements, inplace=inplace)
+    attention_step.install(compressed, attentions, attention)
     fuse(compressed)
-    cosine = None if output is None else _output_cosine(compressed, batch, output, notes)
+    cosine = None if found is None or found.output is None else _output_cosine(compressed, found, notes)
     after = model_sizes(compressed)
-    notes += _size_notes(before, after)
+    if matches:
+        notes += _size_notes(before, after)
     report = Report(
         recipe=recipe,
         layers=tuple(layers + skipped),
+        attention=tuple(attention + attention_step.skipped(attention_skips)),
         before=before,
         after=after,
         output_cosine=cosine,
@@ -108,7 +118,7 @@ def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
         name=m.names[0],
         aliases=m.names[1:],
         kind=type(m.module).__name__,
-        action=m.step.scheme.name,
+        action=m.scheme.name,
         shape=tuple(weight.shape),
         bytes_before=model_sizes(m.module).disk,
         bytes_after=model_sizes(replacement).disk,
@@ -131,10 +141,12 @@ def _skip_report(skip: Skip) -> LayerReport:
     )
 
 
-def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: list[str]) -> float | None:
+def _output_cosine(model: nn.Module, found: calibrate.Comparison, notes: list[str]) -> float | None:
     """Cosine of the whole model's output on the first batch, before and after."""
+    expected = found.output
+    assert expected is not None
     with calibrate.evaluating(model):
-        got = calibrate.first_tensor(calibrate.run(model, batch))
+        got = calibrate.first_tensor(calibrate.run(model, found.batch))
     if got is None or got.shape != expected.shape:
         notes.append("the compressed model's output has another shape")
         return None
@@ -144,7 +156,7 @@ def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: 
     if not torch.isfinite(got).all():
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
-    return float(nn.functional.cosine_similarity(got.double().flatten(), expected.double().flatten(), dim=0))
+    return calibrate.cosine(got, expected)
 
 
 def _size_notes(before: Sizes, after: Sizes) -> list[str]:

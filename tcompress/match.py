@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,12 @@ class Match:
     module: nn.Module
     step: Quantize
 
+    @property
+    def scheme(self) -> Scheme:
+        """Of the step."""
+        assert self.step.scheme is not None
+        return self.step.scheme
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -53,15 +60,24 @@ def pattern_matches(pattern: str, name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
 
 
-def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
-    """Finds the modules that the recipe's steps replace, in the order of the model.
+def match(
+    model: nn.Module,
+    recipe: Recipe,
+    converted: Mapping[nn.Module, nn.Module] | None = None,
+    required: bool = True,
+    other_skips: Sequence[Skip] = (),
+) -> tuple[list[Match], list[Skip]]:
+    """Finds the linear layers and embeddings that the recipe's steps replace, in the order of the model.
+
+    Args:
+        converted: modules of which others will take the place (`match_attention`); what counts is what these hold.
+        required: raise if there is none.
+        other_skips: what the error names where there is nothing of its own to name.
 
     Raises:
         ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = _names(model, converted or {})
     head = _output_embeddings(model)
 
     matches: list[Match] = []
@@ -74,9 +90,9 @@ def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
             continue
         reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
-            if not _any_matches(step.targets, paths, module):
+            if step.scheme is None or not any_matches(step.targets, paths, module):
                 continue
-            reason = _ignored(step, paths, module, head) or why_not(module, step.scheme)
+            reason = ignored(step, paths, module, head) or why_not(module, step.scheme)
             if reason is None:
                 matches.append(Match(tuple(paths), module, step))
                 break
@@ -86,15 +102,15 @@ def match(model: nn.Module, recipe: Recipe) -> tuple[list[Match], list[Skip]]:
                 skips.append(Skip(tuple(paths), module, reasons[0]))
     matches, tied = _without_tied(model, matches)
     skips += tied
-    if not matches:
-        raise ValueError(_nothing_matched(model, recipe, skips))
+    if not matches and required:
+        raise ValueError(_nothing_matched(model, recipe, skips or list(other_skips)))
     return matches, skips
 
 
 def why_not(module: nn.Module, scheme: Scheme) -> str | None:
     """The reason why this module has no compressed form under `scheme`, or None."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "torch.nn.MultiheadAttention reads its weight and never calls it"
+        return "torch.nn.MultiheadAttention reads its weight and never calls it; a step with attention changes that"
     if parametrize.is_parametrized(module):
         return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes its weight plain"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -130,6 +146,18 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
     return None if weight.numel() else "its weight is empty"
 
 
+def _names(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, list[str]]:
+    """All paths of each module, in the order of the model; in converted ones the paths to be."""
+    names: dict[nn.Module, list[str]] = {}
+    gone = {child for module in converted for child in module.children()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in gone:
+            names.setdefault(module, []).append(name)
+        for child_name, child in converted[module].named_children() if module in converted else ():
+            names.setdefault(child, []).append(f"{name}.{child_name}".lstrip("."))
+    return names
+
+
 def _has_own_weight(module: nn.Module) -> bool:
     return (
         "weight" in module._parameters
@@ -138,16 +166,16 @@ def _has_own_weight(module: nn.Module) -> bool:
     )
 
 
-def _any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) -> bool:
+def any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) -> bool:
     try:
         return any(pattern_matches(p, name, module) for p in patterns for name in names)
     except re.error as error:
         raise ValueError(message("match", "pattern", error.pattern, "a regular expression", str(error))) from error
 
 
-def _ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
+def ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
     for pattern in step.ignore:
-        if _any_matches((pattern,), names, module):
+        if any_matches((pattern,), names, module):
             return f"ignored by {pattern!r}"
         if pattern == "lm_head" and module is head:
             return "ignored by 'lm_head': it is the output embeddings"

@@ -10,7 +10,7 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.match import Match, is_conv1d
-from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
@@ -39,7 +39,7 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
     Raises:
         ValueError: the weight holds NaN or infinity; the message names the module.
     """
-    module, scheme = match.module, match.step.scheme
+    module, scheme = match.module, match.scheme
     key = (id(module.weight), is_conv1d(module), scheme.weights)
     if key not in cache:
         try:
@@ -58,6 +58,17 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
     shared.modules.append(replacement)
     share_kernel_layout(shared.modules)
     return replacement.train(module.training)
+
+
+def assembled(module: Int8MultiheadAttention, replacements: dict[nn.Module, nn.Module]) -> Int8MultiheadAttention:
+    """A converted module with its quantized projections; the others get weights of their own, until here views."""
+    for name, child in list(module.named_children()):
+        if child in replacements:
+            setattr(module, name, replacements[child])
+        else:
+            for parameter in child.parameters():
+                parameter.data = parameter.data.clone()
+    return module
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace: bool) -> nn.Module:
@@ -102,4 +113,4 @@ def disable_torch_fast_path(model: nn.Module) -> None:
 
 
 def _has_compressed(module: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear) for m in module.modules())
+    return any(isinstance(m, QuantizedLinear | Int8MultiheadAttention) for m in module.modules())

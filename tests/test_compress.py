@@ -55,11 +55,11 @@ def test_torch_transformer_encoder(norm_first, padded, grad):
     with torch.set_grad_enabled(grad):
         got = result.model(x, src_key_padding_mask=mask)
         expected = model(x, src_key_padding_mask=mask)
-    assert len(called) == 4
+    assert len(called) == 12
     valid = ~mask if padded else torch.ones(2, 10, dtype=torch.bool)
     assert 0.999 <= _cosine(got[valid], expected[valid]) < 1
-    skipped = {layer.name: layer.reason for layer in result.report.skipped}
-    assert all("MultiheadAttention" in skipped[f"layers.{i}.self_attn.out_proj"] for i in (0, 1))
+    assert not result.report.skipped
+    assert [(a.name, a.quantized) for a in result.report.attention] == [(f"layers.{i}.self_attn", True) for i in (0, 1)]
 
 
 def test_our_transformer_encoder():

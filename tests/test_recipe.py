@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from tcompress import _C, QuantArgs, Quantize, Recipe, Scheme, presets, use_cpu_path
 from tcompress.quantize import PerToken
+from tcompress.recipe import MIN_COSINE
 
 #: `where: argument: got X, expected Y`
 FORM = re.compile(r"^[^:]+: [^:]+: .*got .+, expected .+", re.DOTALL)
@@ -24,16 +25,21 @@ def test_the_int8_preset():
     assert "int8" in presets()
     recipe = Recipe.load("int8")
     assert recipe.version == 1
-    linear, embedding = recipe.steps
+    linear, embedding, attention = recipe.steps
     assert (linear.targets, linear.ignore) == (("Linear", "Conv1D"), ("lm_head",))
     assert (embedding.scheme.name, embedding.targets, embedding.ignore) == ("W8A16", ("Embedding",), ("lm_head",))
+    assert attention.scheme is None
+    assert (attention.targets, attention.ignore, attention.min_cosine) == (("*",), (), 0.999)
 
 
 @pytest.mark.parametrize("path", [p for p in _C.all_paths() if not _C.why_not_usable(p)])
 def test_the_int8_preset_suits_the_processor(path):
     with use_cpu_path(path):
-        scheme = Recipe.load("int8").steps[0].scheme
+        steps = Recipe.load("int8").steps
+    scheme = steps[0].scheme
     assert scheme.name == ("W7A7" if path in ("scalar", "avx2") else "W8A8")
+    bits = 8 if path in ("avx512vnni", "amx") else 12
+    assert (steps[2].attention, steps[2].attention_bits) == (f"int{bits}", bits)
     assert "int8" not in Recipe(steps=(Quantize(scheme=scheme),)).to_yaml()  # what is recorded is the scheme itself
 
 
@@ -55,6 +61,24 @@ def test_a_recipe_is_returned_as_it_is():
 def test_defaults():
     step = Quantize(scheme="W8A8")
     assert (step.step, step.targets, step.ignore) == ("quantize", ("Linear", "Conv1D"), ("lm_head",))
+
+
+def test_defaults_of_an_attention_step():
+    step = Quantize(attention="int12")
+    assert (step.targets, step.ignore, step.scheme, step.attention_bits) == (("*",), (), None, 12)
+    assert step.min_cosine == MIN_COSINE
+    assert Quantize(attention="int8", min_cosine=None, targets="a").min_cosine == MIN_COSINE
+    assert Quantize(scheme="W8A8").attention_bits is None
+    assert Quantize(scheme="W8A8").min_cosine is None
+
+
+def test_an_attention_step_in_yaml():
+    text = "steps:\n  - {step: quantize, attention: int8, ignore: [decoder.*], min_cosine: 0.9}\n"
+    (step,) = Recipe.from_yaml(text).steps
+    assert step == Quantize(attention="int8", ignore="decoder.*", min_cosine=0.9)
+    assert yaml.safe_load(Recipe(steps=(step,)).to_yaml())["steps"] == [
+        {"step": "quantize", "attention": "int8", "targets": ["*"], "ignore": ["decoder.*"], "min_cosine": 0.9}
+    ]
 
 
 def test_one_pattern_may_stand_without_a_list():
@@ -83,13 +107,14 @@ def test_a_scheme_spelled_out_equals_the_named_one():
     assert Recipe.load({"steps": [{"scheme": spelled}]}) == Recipe.load({"steps": [{"scheme": "W8A7"}]})
 
 
-@pytest.mark.parametrize("name", ["int8", "content", "custom"])
+@pytest.mark.parametrize("name", ["int8", "content", "custom", "attention"])
 def test_yaml_and_json_round_trip(tmp_path, name):
     activations = QuantArgs(bits=3, symmetric=False, dynamic=True, granularity=PerToken())
     custom = Scheme(weights=QuantArgs(bits=5), activations=activations)
     recipes = {
         "int8": Recipe.load("int8"),
         "content": Recipe.load(CONTENT),
+        "attention": Recipe(steps=(Quantize(attention="int12", min_cosine=-1),)),
         "custom": Recipe(steps=(Quantize(scheme=custom, targets=("re:a'\"\\.b",), ignore=()),)),
     }
     recipe = recipes[name]
@@ -121,7 +146,12 @@ def test_frozen():
         ({"steps": [{"scheme": {"weights": {"bit": 8}}}]}, ["weights.bit: got an unknown field"]),
         ({"steps": [{"scheme": "W9A9"}]}, ["'W9A9'", "W8A7", "W8A16"]),
         ({"steps": [{"scheme": {"weights": {"bits": 9}}}]}, ["weights.bits: got 9", "8"]),
-        ({"steps": [{"targets": ["Linear"]}]}, ["steps.0.scheme: got nothing"]),
+        ({"steps": [{"targets": ["Linear"]}]}, ["steps.0.scheme: got nothing", "attention"]),
+        ({"steps": [{"scheme": "W8A8", "attention": "int8"}]}, ["steps.0.scheme: got a scheme beside attention"]),
+        ({"steps": [{"attention": "int9"}]}, ["steps.0.attention: got 'int9', expected 'int8', 'int12' or 'auto'"]),
+        ({"steps": [{"attention": True}]}, ["steps.0.attention: got True"]),
+        ({"steps": [{"attention": "int8", "min_cosine": 2}]}, ["steps.0.min_cosine: got 2"]),
+        ({"steps": [{"scheme": "W8A8", "min_cosine": 0.9}]}, ["steps.0.min_cosine: got 0.9", "attention only"]),
         ({"steps": [{"step": "melt", "scheme": "W8A8"}]}, ["steps.0.step: got 'melt'", "'quantize'"]),
         ({"steps": [{"scheme": "W8A8", "targets": 3}]}, ["steps.0.targets: got 3"]),
         ({"steps": [{"scheme": "W8A8", "targets": [3]}]}, ["steps.0.targets.0: got 3"]),

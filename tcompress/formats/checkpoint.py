@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.formats.module_spec import DTYPES, DtypeName, EmbeddingSpec, LinearSpec, build, describe, mismatch
+from tcompress.formats.module_spec import DESCRIBED, DTYPES, DtypeName, Spec, build, describe, mismatch
 from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.fuse import fuse
+from tcompress.integrations.attention_modules import CHILD, attach, interface_modules
 from tcompress.match import COMPRESSED
+from tcompress.nn import Int8Attention, Int8MultiheadAttention
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
 
@@ -39,7 +41,8 @@ class Metadata(BaseModel):
 
     Attributes:
         tensors: name of the safetensors file, and its size in bytes.
-        modules: the compressed modules by path; a path of a module described elsewhere maps to that path.
+        modules: the compressed modules by path, a module before its children; a path of a module described elsewhere
+            maps to that path. "….tcompress_attention" is given to a module of `transformers`.
         aliases: state-dict keys that share the tensor of another key.
         buffer_dtypes: of the float buffers that a state dict leaves out; the model makes them itself, in its own type.
         transformers: class and configuration of a Hugging Face model, with which `load` builds the model itself.
@@ -50,7 +53,7 @@ class Metadata(BaseModel):
     version: int = VERSION
     tensors: str
     tensors_bytes: int
-    modules: dict[str, LinearSpec | EmbeddingSpec | str]
+    modules: dict[str, Spec | str]
     aliases: dict[str, str] = {}
     buffer_dtypes: dict[str, DtypeName] = {}
     transformers: dict[str, Any] | None = None
@@ -75,7 +78,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     if not isinstance(model, nn.Module):
         raise TypeError(message("save", "model", type(model).__name__, "a torch.nn.Module"))
     modules = _describe_modules(model)
-    if not modules:
+    if not any(map(_is_compressed, model.modules())):
         hint = "use tcompress.compress first, or safetensors for a plain model"
         raise ValueError(message("save", "model", "one without compressed modules", "a compressed model", hint))
     if "" in modules:
@@ -134,17 +137,25 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             hint = "only Hugging Face models can be built from a checkpoint"
             raise ValueError(message("load", "model", None, "a model of the original architecture", hint))
         model = new_model(metadata.transformers).eval()
-    replacements = _build_modules(metadata, model)
+    replacements, attentions = _build_modules(metadata, model)
     _check_fit(folder, model, replacements, state)
     _install(model, replacements, state, metadata)
+    if attentions:
+        attach(model, attentions)
     return model
 
 
-def _describe_modules(model: nn.Module) -> dict[str, LinearSpec | EmbeddingSpec | str]:
+def _is_compressed(module: nn.Module) -> bool:
+    if isinstance(module, Int8Attention):
+        return module.precision == "int8"
+    return isinstance(module, (*COMPRESSED, Int8MultiheadAttention))
+
+
+def _describe_modules(model: nn.Module) -> dict[str, Spec | str]:
     first: dict[nn.Module, str] = {}
-    modules: dict[str, LinearSpec | EmbeddingSpec | str] = {}
+    modules: dict[str, Spec | str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, COMPRESSED):
+        if isinstance(module, DESCRIBED):
             modules[name] = first[module] if module in first else describe(module)
             first.setdefault(module, name)
     return modules
@@ -229,24 +240,39 @@ def _read_tensors(folder: Path, metadata: Metadata) -> dict[str, torch.Tensor]:
     return state
 
 
-def _build_modules(metadata: Metadata, model: nn.Module) -> dict[str, nn.Module]:
-    """The compressed modules by path, empty; a shared module stands at several paths."""
+def _build_modules(metadata: Metadata, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Int8Attention]]:
+    """The compressed modules by path, empty, and the attention to attach by the path of the module that gets it.
+
+    A shared module stands at several paths; a compressed module that stands in another is put there and not listed.
+    """
     places = dict(model.named_modules(remove_duplicate=False))
+    able = {m for m, reason in interface_modules(model).items() if reason is None}
     built: dict[str, nn.Module] = {}
-    specs: dict[str, LinearSpec | EmbeddingSpec] = {}
+    replacements: dict[str, nn.Module] = {}
+    attentions: dict[str, Int8Attention] = {}
+    specs: dict[str, Spec] = {}
     hint = "is it the architecture that was saved?"
     for name, spec in metadata.modules.items():
-        if name not in places or name == "":
+        parent, _, child = name.rpartition(".")
+        attaches = child == CHILD and places.get(parent) in able
+        if name == "" or not (attaches or name in places):
             raise ValueError(message("load", "model", f"no module {name!r}", "one to replace there", hint))
         if isinstance(spec, str) and spec not in built:
             raise ValueError(message("load", f"module {name}", f"a reference to {spec!r}", "a module before it"))
         specs[name] = specs[spec] if isinstance(spec, str) else spec
-        wrong = mismatch(places[name], specs[name])
+        wrong = None if attaches else mismatch(places[name], specs[name])
         if wrong is not None:
             raise ValueError(message("load", f"model.{name}", *wrong, hint))
-        built[name] = built[spec] if isinstance(spec, str) else build(spec)
-        built[name].train(places[name].training)
-    return built
+        module = built[name] = built[spec] if isinstance(spec, str) else build(specs[name])
+        module.train((places[parent] if attaches else places[name]).training)
+        if attaches and isinstance(module, Int8Attention):
+            attentions[parent] = module
+        elif parent in built:
+            setattr(built[parent], child, module)
+        else:
+            replacements[name] = module
+            places |= {f"{name}.{inner}": m for inner, m in module.named_modules(remove_duplicate=False) if inner}
+    return replacements, attentions
 
 
 def _check_fit(

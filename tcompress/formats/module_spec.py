@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.match import is_conv1d
-from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.match import COMPRESSED, is_conv1d
+from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear
 from tcompress.quantize.scheme import Scheme
 from tcompress.replace import linear_weight
 
@@ -52,8 +52,54 @@ class EmbeddingSpec(_Spec):
     padding_idx: int | None = None
 
 
-def describe(module: nn.Module) -> LinearSpec | EmbeddingSpec:
+class _AttentionSpec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AttentionSpec(_AttentionSpec):
+    """An `Int8Attention`, which holds no tensors."""
+
+    kind: Literal["Int8Attention"] = "Int8Attention"
+    bits: Literal["auto", 8, 12]
+    precision: Literal["int8", "float"]
+
+
+class MultiheadAttentionSpec(_AttentionSpec):
+    """An `Int8MultiheadAttention` with float projections of type `dtype`; what else it holds is described by itself."""
+
+    kind: Literal["Int8MultiheadAttention"] = "Int8MultiheadAttention"
+    embed_dim: int
+    num_heads: int
+    kdim: int
+    vdim: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    dtype: DtypeName
+
+
+Spec: TypeAlias = LinearSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
+#: The classes that a checkpoint describes.
+DESCRIBED = (*COMPRESSED, Int8Attention, Int8MultiheadAttention)
+
+
+def describe(module: nn.Module) -> Spec:
     """The description of a compressed module, from which `build` makes an empty one like it."""
+    if isinstance(module, Int8Attention):
+        return AttentionSpec(bits=module.bits, precision=module.precision)
+    if isinstance(module, Int8MultiheadAttention):
+        projections = [child for child in module.children() if isinstance(child, nn.Linear | QuantizedLinear)]
+        floats = [child.weight.dtype for child in projections if isinstance(child, nn.Linear)]
+        return MultiheadAttentionSpec(
+            embed_dim=module.embed_dim,
+            num_heads=module.num_heads,
+            kdim=module.kdim,
+            vdim=module.vdim,
+            bias=projections[0].bias is not None,
+            batch_first=module.batch_first,
+            dropout=module.dropout,
+            dtype=_name(floats[0] if floats else torch.float32),
+        )
     if isinstance(module, QuantizedLinear):
         return LinearSpec(
             scheme=module.scheme,
@@ -74,8 +120,22 @@ def describe(module: nn.Module) -> LinearSpec | EmbeddingSpec:
     raise TypeError(message("save", "module", type(module).__name__, "a compressed module"))
 
 
-def build(spec: LinearSpec | EmbeddingSpec) -> nn.Module:
+def build(spec: Spec) -> nn.Module:
     """A module without values (on the meta device), to be loaded by assignment."""
+    if isinstance(spec, AttentionSpec):
+        return Int8Attention(spec.bits, spec.precision)
+    if isinstance(spec, MultiheadAttentionSpec):
+        return Int8MultiheadAttention(
+            spec.embed_dim,
+            spec.num_heads,
+            dropout=spec.dropout,
+            bias=spec.bias,
+            kdim=spec.kdim,
+            vdim=spec.vdim,
+            batch_first=spec.batch_first,
+            device="meta",
+            dtype=DTYPES[spec.dtype],
+        )
     dtype = DTYPES[spec.dtype]
     if isinstance(spec, LinearSpec):
         shape = (spec.in_features, spec.out_features, spec.bias, spec.scheme)
@@ -84,7 +144,7 @@ def build(spec: LinearSpec | EmbeddingSpec) -> nn.Module:
     return QuantizedEmbedding(*table, device="meta", dtype=dtype)
 
 
-def mismatch(module: nn.Module, spec: LinearSpec | EmbeddingSpec) -> tuple[str, str] | None:
+def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
     """What a model has at a place and what the checkpoint has there, or None if they agree."""
     got = type(module).__name__
     if isinstance(module, nn.Linear | QuantizedLinear):
@@ -94,7 +154,15 @@ def mismatch(module: nn.Module, spec: LinearSpec | EmbeddingSpec) -> tuple[str, 
         got = _linear(n, k, True)
     elif isinstance(module, nn.Embedding | QuantizedEmbedding):
         got = _embedding(module.num_embeddings, module.embedding_dim)
-    if isinstance(spec, LinearSpec):
+    elif isinstance(module, Int8Attention):
+        got = _ATTENTION
+    elif isinstance(module, nn.MultiheadAttention | Int8MultiheadAttention):
+        got = _multihead(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+    if isinstance(spec, AttentionSpec):
+        expected = _ATTENTION
+    elif isinstance(spec, MultiheadAttentionSpec):
+        expected = _multihead(spec.embed_dim, spec.num_heads, spec.kdim, spec.vdim)
+    elif isinstance(spec, LinearSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias)
     else:
         expected = _embedding(spec.num_embeddings, spec.embedding_dim)
@@ -107,6 +175,13 @@ def _linear(n: int, k: int, bias: bool) -> str:
 
 def _embedding(n: int, k: int) -> str:
     return f"an embedding [{n}, {k}]"
+
+
+_ATTENTION = "an Int8Attention"
+
+
+def _multihead(size: int, heads: int, kdim: int, vdim: int) -> str:
+    return f"multi-head attention of {heads} heads over {size}, {kdim} and {vdim} channels"
 
 
 def _name(dtype: torch.dtype) -> str:

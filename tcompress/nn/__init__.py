@@ -2,6 +2,8 @@
 
 from tcompress.nn.feed_forward import FeedForward
 from tcompress.nn.gated_feed_forward import GatedFeedForward
+from tcompress.nn.int8_attention import Int8Attention
+from tcompress.nn.int8_multihead_attention import Int8MultiheadAttention
 from tcompress.nn.layer_norm import LayerNorm
 from tcompress.nn.multihead_attention import MultiHeadAttention
 from tcompress.nn.positional_encoding import PositionalEncoding
@@ -12,6 +14,8 @@ from tcompress.nn.transformer_encoder import TransformerEncoder, TransformerEnco
 __all__ = [
     "FeedForward",
     "GatedFeedForward",
+    "Int8Attention",
+    "Int8MultiheadAttention",
     "LayerNorm",
     "MultiHeadAttention",
     "PositionalEncoding",

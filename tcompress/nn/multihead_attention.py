@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tcompress.nn.int8_attention import Int8Attention
 
 
 class MultiHeadAttention(nn.Module):
@@ -45,6 +46,9 @@ class MultiHeadAttention(nn.Module):
 
     There is no dropout.
 
+    ``attention`` is the `Int8Attention` between the projections, in floating point until its ``precision`` is set to
+    "int8" (`tcompress.compress` with an attention step does so).
+
     Raises:
         ValueError: a size below 1, shapes that do not fit, or a floating mask that is not 0/1.
         TypeError: q, k or v not a floating tensor, mask not a real tensor.
@@ -71,21 +75,16 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, d_inner, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(d_model, d_inner, bias=bias, device=device, dtype=dtype)
         self.o_proj = nn.Linear(d_inner, d_model, bias=bias, device=device, dtype=dtype)
+        self.attention = Int8Attention(precision="float")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_inputs(q, k, v)
         query = self._split_heads(self.q_proj(q))
         key = self._split_heads(self.k_proj(k))
         value = self._split_heads(self.v_proj(v))
-        if mask is None:
-            heads = F.scaled_dot_product_attention(query, key, value)
-        else:
-            allowed = _canonical_mask(mask, (q.shape[0], self.n_head, q.shape[1], k.shape[1]))
-            # What torch returns for a query with no key is not documented, and pytorch pull 131060 changed it
-            # from NaN to zero. So such a query is opened to every key, and its result is overwritten.
-            empty = ~allowed.any(dim=-1, keepdim=True)
-            heads = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | empty)
-            heads = heads.masked_fill(empty, 0.0)
+        if mask is not None:
+            mask = _canonical_mask(mask, (q.shape[0], self.n_head, q.shape[1], k.shape[1]))
+        heads = self.attention(query, key, value, mask=mask)
         y: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
         return y
 

@@ -222,9 +222,7 @@ def expanded_mask(op: str, mask: torch.Tensor | None, shape: tuple[int, ...]) ->
         got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         hint = "integers could mean either; mask.bool() shows keys where they are not 0"
         raise TypeError(message(op, "mask", got, "bool, float32, bfloat16 or float16", hint))
-    fits = mask.dim() <= 4 and all(
-        m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape), strict=False)
-    )
+    fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape), strict=False))
     if not fits:
         raise ValueError(message(op, "mask", list(mask.shape), f"broadcastable to [B, H, Sq, Skv] = {list(shape)}"))
     return mask.expand(shape)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tcompress.recipe import Recipe
+from tcompress.report.attention import AttentionReport, attention_table
 from tcompress.report.size import Sizes
 
 MIB = 2**20
@@ -54,6 +55,7 @@ class Report(BaseModel):
     Attributes:
         recipe: as it was applied.
         layers: every targeted module, replaced ones first.
+        attention: every targeted attention module.
         before, after: bytes of the model.
         output_cosine: of the model's output on the first batch of the data, before and after; None without data.
         warnings: where compression did less than asked or made something worse.
@@ -62,6 +64,7 @@ class Report(BaseModel):
     model_config = ConfigDict(frozen=True)
     recipe: Recipe
     layers: tuple[LayerReport, ...]
+    attention: tuple[AttentionReport, ...] = ()
     before: Sizes
     after: Sizes
     output_cosine: float | None = None
@@ -90,6 +93,8 @@ class Report(BaseModel):
         """Prints the tables."""
         console = console or Console()
         console.print(self._layer_table())
+        if self.attention:
+            console.print(attention_table(self.attention))
         console.print(self._size_table())
         if self.output_cosine is not None:
             console.print(f"cosine of the model's output to the original's: {self.output_cosine:.5f}")
