@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tcompress.errors import message
@@ -88,7 +90,7 @@ class KVCache:
         window: Window = None,
         softcap: float | None = None,
         return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Any:
         """`softmax(scale · q kᵀ + mask) v` over all tokens in the cache: `tcompress.ops.kv_cache_attention`.
 
         Args:

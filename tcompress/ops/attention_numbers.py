@@ -1,7 +1,7 @@
 """The numbers that quantized attention is made of: constants and small functions that define them bit for bit.
 
-Scores are counted in *ticks* of 2^-11 in the exponent of 2: a key whose score is 2048 ticks higher weighs twice as much.
-In this unit the softmax is integer arithmetic of 16 bits, the same on every processor.
+Scores are counted in *ticks* of 2^-11 in the exponent of 2: a key that is 2048 ticks higher weighs twice as much. In
+this unit the softmax is integer arithmetic of 16 bits, the same on every processor.
 """
 
 from __future__ import annotations

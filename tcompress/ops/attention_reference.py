@@ -16,7 +16,7 @@ from tcompress.ops.attention_numbers import BLOCK
 class Visible:
     """Which keys a query sees, apart from the mask.
 
-    Query i stands at position `i + offset`; it sees the keys from `position - left` to `position + right`. -1: no limit.
+    Query i stands at position `i + offset`; it sees the keys from position - left to position + right. -1: no limit.
     """
 
     bottom_right: bool

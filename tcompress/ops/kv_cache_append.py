@@ -35,7 +35,7 @@ def kv_cache_append(
     small too where a channel has a bias. `tcompress.KVCache` calls this and holds the tensors.
 
     Args:
-        k_data: [B, Hkv, blocks, 64·D] int8, contiguous; D rounded up to fours, blocks of 64 tokens (packing/kv_cache.py).
+        k_data: [B, Hkv, blocks, 64·D] int8, contiguous; D rounded up to fours (packing/kv_cache.py).
         k_scale: [B, Hkv, blocks, 64] float32.
         v_data: [B, Hkv, blocks, 64·Dv] int8, contiguous; Dv rounded up to 16s.
         v_scale: like k_scale.
@@ -58,8 +58,8 @@ def kv_cache_append(
         raise ValueError(message(op, "k, v", got, "[B, Hkv, S, D], [B, Hkv, S, Dv] of one type"))
     check_cache(op, k_data, k_scale, v_data, v_scale, k_mean, k.shape[3], v.shape[3])
     if k.shape[:2] != k_data.shape[:2]:
-        got, expected = list(k.shape[:2]), f"{list(k_data.shape[:2])}, batch and heads of the cache"
-        raise ValueError(message(op, "k", got, expected))
+        expected = f"{list(k_data.shape[:2])}, batch and heads of the cache"
+        raise ValueError(message(op, "k", list(k.shape[:2]), expected))
     room = k_data.shape[2] * layout.BLOCK
     if length < 0 or length + k.shape[2] > room:
         raise ValueError(message(op, "length", f"{length} and {k.shape[2]} new tokens", f"at most {room} tokens"))

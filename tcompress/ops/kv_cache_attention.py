@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tcompress import backend
@@ -38,7 +40,7 @@ def kv_cache_attention(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """`quantized_attention(q, k, v, bits=8, enable_gqa=True, …)` where k and v lie quantized in a cache.
 
     The numbers are those of `quantized_attention`, but for the mean that was taken from k (`kv_cache_append`). With one
@@ -70,7 +72,7 @@ def kv_cache_attention(
     if not 0 <= length <= k_data.shape[2] * layout.BLOCK:
         raise ValueError(message(op, "length", length, f"0 to {k_data.shape[2] * layout.BLOCK}, the room of the cache"))
     expanded = expanded_mask(op, mask, (*q.shape[:3], length))
-    _, *options = checked_options(op, BITS, is_causal, window, softcap, scale, q.shape[3])
+    _, *options = checked_options(op, 8, is_causal, window, softcap, scale, q.shape[3])
     cache = (k_data, k_scale, v_data, v_scale, k_mean)
     out, lse = backend.call(op, q, *cache, expanded, length, head_dim_v, *options, return_lse)
     return (out, lse) if return_lse else out

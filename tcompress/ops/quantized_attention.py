@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ def quantized_attention(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """`softmax(scale · q kᵀ + mask) v`, as `torch.nn.functional.scaled_dot_product_attention`, in integers.
 
     ::
@@ -71,8 +71,8 @@ def quantized_attention(
         return_lse: also return the natural logarithm of each softmax's denominator, Σ exp(score).
 
     Returns:
-        [B, H, Sq, Dv] in the type of q, laid out as [B, Sq, H, Dv] in memory (so that joining the heads copies nothing);
-        with return_lse also [B, H, Sq] float32.
+        [B, H, Sq, Dv] in the type of q, in memory [B, Sq, H, Dv], so that joining the heads copies nothing; with
+        return_lse also [B, H, Sq] float32.
 
         A query that sees no key gives zeros, and -inf for return_lse. A query that holds NaN or infinity gives NaN, and
         a key or value token that does gives NaN to all queries that see it, and to no other.
@@ -102,7 +102,7 @@ def int8_attention(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """`quantized_attention` with `bits=8`, whatever the processor."""
     return quantized_attention(
         q,

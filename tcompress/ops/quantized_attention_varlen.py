@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 
 from tcompress import backend
@@ -25,7 +28,7 @@ def quantized_attention_varlen(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """`quantized_attention` of each of N sequences by itself, without padding.
 
     Sequence n has the queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1] - 1` and the keys and values likewise; the
@@ -47,17 +50,16 @@ def quantized_attention_varlen(
     op = "quantized_attention_varlen"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
-            got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(message(op, name, got, "[tokens, heads, D]"))
+            shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(message(op, name, shape, "[tokens, heads, D]"))
     check_heads(op, q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], enable_gqa)
-    for name, offsets, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
-        _check_offsets(op, name, offsets, tokens)
+    for argument, offsets, tokens in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
+        _check_offsets(op, argument, offsets, tokens)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         got = f"{list(cu_seqlens_q.shape)}, {list(cu_seqlens_k.shape)}"
         raise ValueError(message(op, "cu_seqlens_q, cu_seqlens_k", got, "as many sequences in both"))
     options = checked_options(op, bits, is_causal, window, softcap, scale, q.shape[-1])
-    offsets = (cu_seqlens_q.long(), cu_seqlens_k.long())
-    out, lse = backend.call(op, q, k, v, *offsets, *options, return_lse)
+    out, lse = backend.call(op, q, k, v, cu_seqlens_q.long(), cu_seqlens_k.long(), *options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -74,7 +76,7 @@ def int8_attention_varlen(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """`quantized_attention_varlen` with `bits=8`, whatever the processor."""
     return quantized_attention_varlen(
         q,
@@ -101,7 +103,7 @@ def _check_offsets(op: str, name: str, offsets: torch.Tensor, tokens: int) -> No
     if torch.compiler.is_compiling():
         return  # the values are not known; the kernel checks them again
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
         expected = f"offsets that rise from 0 to {tokens}, the number of tokens"
         raise ValueError(message(op, name, values if len(values) < 9 else [*values[:4], "…", values[-1]], expected))
 
@@ -125,8 +127,10 @@ def reference(
     starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(starts) - 1):
         rows, tokens = slice(starts[n], starts[n + 1]), slice(key_starts[n], key_starts[n + 1])
-        one = [x.transpose(0, 1)[None] for x in (q[rows], k[tokens], v[tokens])]
-        part, part_lse = dense_reference(*one, None, bits, bottom_right, left, right, softcap, scale, True)
+        q_one, k_one, v_one = (x.transpose(0, 1)[None] for x in (q[rows], k[tokens], v[tokens]))
+        part, part_lse = dense_reference(
+            q_one, k_one, v_one, None, bits, bottom_right, left, right, softcap, scale, True
+        )
         out[rows] = part[0].transpose(0, 1)
         lse[:, rows] = part_lse[0]
     return out, lse if return_lse else lse.new_empty(0)

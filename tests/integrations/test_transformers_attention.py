@@ -269,9 +269,6 @@ def test_models(factory, padded):
         assert tiny.cosine(kept, expected) < 0.995, "the mask matters here"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="softcap is applied to scores of the keys less their mean, which it does not allow"
-)
 def test_a_narrow_softcap():
     model, inputs = tiny.made(tiny.gemma2, attn_logit_softcapping=3.0), _inputs(tiny.gemma2, False)
     assert tiny.cosine(_run(model, inputs, "tcompress"), _run(model, inputs, "eager")) > 0.999
