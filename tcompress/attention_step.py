@@ -48,7 +48,7 @@ def _outcome(m: AttentionMatch, found: Comparison, i: int) -> dict[str, object]:
     assert least is not None
     if total.cosine >= least:
         return numbers
-    reason = f"cosine {total.cosine:.5f} with {m.step.attention} is below {least}"
+    reason = f"cosine {total.cosine:.7f} with {m.step.attention} is below {least}"
     return {**numbers, "action": "float", "reason": reason}
 
 

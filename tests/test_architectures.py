@@ -1,4 +1,5 @@
-"""Seven architectures of transformers, tiny and untrained: they compress, stay close, and come back from disk."""
+"""Seven architectures of transformers, tiny and untrained: they compress, attention included, stay close, and come back
+from disk."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import tcompress
 from tcompress.calibrate import first_tensor
-from tcompress.nn import QuantizedLinear
+from tcompress.nn import Int8Attention, QuantizedLinear
 from tcompress.recipe import Recipe
 
 Made = tuple[nn.Module, dict[str, torch.Tensor]]
@@ -99,7 +100,8 @@ def whisper() -> Made:
 
 
 ARCHITECTURES: list[Callable[[], Made]] = [bert, distilbert, gpt2, llama, t5, vit, whisper]
-#: Linear layers (or Conv1D) that the preset replaces; heads over the vocabulary stay.
+#: What the preset replaces: attention, and linear layers (or Conv1D); heads over the vocabulary stay.
+ATTENTIONS = {"bert": 2, "distilbert": 2, "gpt2": 2, "llama": 2, "t5": 6, "vit": 2, "whisper": 6}
 LINEAR_LAYERS = {"bert": 13, "distilbert": 12, "gpt2": 8, "llama": 14, "t5": 32, "vit": 13, "whisper": 32}
 
 
@@ -112,6 +114,10 @@ def _run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+def _quantized_attentions(model: nn.Module) -> int:
+    return sum(isinstance(m, Int8Attention) and m.precision == "int8" for m in model.modules())
 
 
 def _make(factory: Callable[[], Made]) -> Made:
@@ -132,11 +138,26 @@ def test_preset_int8(factory, tmp_path):
     assert torch.equal(_run(model, inputs), expected), "the original changed"
     for layer in result.report.skipped:
         assert layer.reason
+    assert len(result.report.attention) == ATTENTIONS[factory.__name__]
+    assert all(a.quantized and a.total.cosine > 0.999 for a in result.report.attention)
+    assert _quantized_attentions(result.model) == ATTENTIONS[factory.__name__]
 
     tcompress.save(result.model, tmp_path)
     loaded = tcompress.load(tmp_path)
     assert type(loaded) is type(model)
+    assert _quantized_attentions(loaded) == ATTENTIONS[factory.__name__]
     assert torch.equal(_run(loaded, inputs), got)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("factory", ARCHITECTURES, ids=lambda f: f.__name__)
+def test_attention_alone(factory, bits):
+    """Linear layers as they are, so that nothing else can differ; and it does differ."""
+    model, inputs = _make(factory)
+    result = tcompress.compress(model, {"steps": [{"attention": f"int{bits}"}]})
+    assert _quantized_attentions(result.model) == ATTENTIONS[factory.__name__]
+    got, expected = _run(result.model, inputs), _run(model, inputs)
+    assert 0 < (got - expected).norm() < {8: 0.02, 12: 0.002}[bits] * expected.norm()
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W7A7"])

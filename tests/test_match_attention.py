@@ -185,9 +185,16 @@ def test_transformers_that_return_weights():
 
 
 def test_attention_functions_that_are_told_more():
-    config = hf.T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    names, reasons = found(hf.T5EncoderModel(config), recipe())
+    """An attention sink, here, which one function computes for all layers of a model."""
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 2, "head_dim": 8}
+    config = hf.GptOssConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    names, reasons = found(hf.GptOssModel(config), recipe())
     assert names == []
-    assert reasons == {
-        "encoder.block.0.layer.0.SelfAttention": "T5Attention passes position_bias to the attention function"
-    }
+    reason = "GptOssAttention passes s_aux to the attention function"
+    assert reasons == {f"layers.{i}.self_attn": reason for i in (0, 1)}
+
+
+def test_heads_that_are_too_wide():
+    config = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    module = hf.LlamaModel(hf.LlamaConfig(**config, num_attention_heads=1, num_key_value_heads=1, head_dim=512))
+    assert found(module, recipe()) == ([], {"layers.0.self_attn": "its head_dim 512 is above 256"})
