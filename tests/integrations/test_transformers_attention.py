@@ -117,7 +117,6 @@ def test_scaling():
 
 def test_softcap():
     q, k, v = _qkv()
-    k = k - k.mean(2, keepdim=True)
     got = attention_forward(NEITHER, q, k, v, None, softcap=1.0)
     _check(got, _expected(q, k, v, softcap=1.0), _expected(q, k, v))
 
@@ -267,14 +266,6 @@ def test_models(factory, padded):
         without = _run(model, inputs, "eager")
         kept = without[mask.bool()] if mask.shape == without.shape[:2] else without
         assert tiny.cosine(kept, expected) < 0.995, "the mask matters here"
-
-
-@pytest.mark.xfail(
-    strict=True, reason="softcap is applied to scores of the keys less their mean, which it does not allow"
-)
-def test_a_narrow_softcap():
-    model, inputs = tiny.made(tiny.gemma2, attn_logit_softcapping=3.0), _inputs(tiny.gemma2, False)
-    assert tiny.cosine(_run(model, inputs, "tcompress"), _run(model, inputs, "eager")) > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
