@@ -118,6 +118,19 @@ def test_options_reach_the_op():
         assert not torch.allclose(fewer, got), name
 
 
+def test_softcap():
+    """It is applied to whole scores, although the cache holds keys less a mean, of the first tokens here."""
+    k, v = _kv(90)
+    cache = KVCache()
+    cache.append(k[:, :, :20], v[:, :, :20])
+    cache.append(k[:, :, 20:], v[:, :, 20:])
+    q = torch.randn(2, 2, 5, 24)
+    scores = q.double() @ k.double().mT / math.sqrt(24)
+    expected = (2 * torch.tanh(scores / 2)).softmax(-1) @ v.double()
+    assert _error(expected.float(), scores.softmax(-1) @ v.double()) > 10 * ERROR
+    assert _error(cache.attention(q, softcap=2.0), expected) < ERROR
+
+
 def test_crop():
     """After a crop it is as if the dropped tokens had never been there."""
     k, v = _kv(140)

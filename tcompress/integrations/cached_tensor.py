@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tcompress.errors import message
 from tcompress.kv_cache import KVCache
@@ -57,12 +57,20 @@ class CachedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        kwargs = kwargs or {}
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            value = named.get(argument.name)
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 hint = "write to a copy: .clone()"
                 raise RuntimeError(message("CachedTensor", value.part, f"written to by {func}", "only read", hint))
-        args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        given, spec = tree_flatten((args, kwargs))
+        # torch records views of tensors that were made outside of inference mode, in inference mode too; what it
+        # records must be a tensor that was made outside as well.
+        recorded = any(isinstance(x, cls) and not x.is_inference() for x in given)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not recorded):
+            args, kwargs = tree_unflatten([x.materialize() if isinstance(x, cls) else x for x in given], spec)
+            return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CachedTensor({self.part}, {list(self.shape)}, {self.cache})"

@@ -45,7 +45,7 @@ def mistral(**changes: Any) -> Any:
 
 def gemma2(**changes: Any) -> Any:
     """Softcap, and one layer with a window, one without."""
-    own = {"sliding_window": 5, "attn_logit_softcapping": 50.0, "head_dim": 16, "query_pre_attn_scalar": 16}
+    own = {"sliding_window": 5, "attn_logit_softcapping": 3.0, "head_dim": 16, "query_pre_attn_scalar": 16}
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**_DECODER | own | changes))
 
 
