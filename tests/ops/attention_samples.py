@@ -59,6 +59,7 @@ def _cache_attention() -> Iterator[tuple[Any, ...]]:
     yield (q, *cache, None, 70, 5, False, -1, -1, 0.0, 0.3, False)
     keep = (_normal(1, 4, 1, 69) > 0).expand(2, 4, 3, 69)
     yield (q.bfloat16(), *cache, keep, 69, 5, True, 20, 0, 0.0, 0.3, True)
+    yield (q[:, :, :1], *cache, None, 70, 5, True, -1, 0, 0.0, 0.3, False)
     yield (q, *cache, None, 0, 5, True, -1, 0, 0.0, 0.3, True)
 
 
