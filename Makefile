@@ -8,16 +8,17 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
-.PHONY: help install demo test test-all sanitize lint format bench bench-charts bench-sweep clean
+.PHONY: help install demo test test-all sanitize lint format bench bench-charts bench-sweep bench-memory clean
 
 help:
 	@echo "make demo      set up, then compress a pretrained model and measure it"
 	@echo "make test      set up, then lint, type check and the fast tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make sanitize  the kernels alone, under the address and undefined-behaviour sanitizers"
-	@echo "make bench     benchmarks against other libraries, each in a process of its own; most of an hour"
+	@echo "make bench     benchmarks against other libraries, each in a process of its own; over an hour"
 	@echo "make bench-charts  tables and pictures of their results, in docs/benchmarks"
-	@echo "make bench-sweep   our layer and torch's against the number of tokens"
+	@echo "make bench-sweep   our layer and attention, and torch's, against the number of tokens"
+	@echo "make bench-memory  memory of one attention against the number of tokens"
 	@echo "make format    format all sources"
 
 install: $(VENV)/.installed
@@ -67,13 +68,21 @@ RESULTS := docs/benchmarks
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --op int8_linear --json $(RESULTS)/int8_linear.json
 	$(BIN)/python benchmarks/run.py --op int4_linear --json $(RESULTS)/int4_linear.json
+	$(BIN)/python benchmarks/run.py --op attention --json $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/run.py --op decode_attention --json $(RESULTS)/decode_attention.json
 
 bench-charts: $(VENV)/.bench
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/int8_linear.json
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/int4_linear.json
+	$(BIN)/python benchmarks/chart.py $(RESULTS)/attention.json
+	$(BIN)/python benchmarks/chart.py $(RESULTS)/decode_attention.json
 
 bench-sweep: $(VENV)/.bench
 	$(BIN)/python benchmarks/sweep_m.py
+	$(BIN)/python benchmarks/sweep_s.py
+
+bench-memory: $(VENV)/.bench
+	$(BIN)/python benchmarks/attention_memory.py
 
 clean:
 	rm -rf build tcompress/_C*.so *.egg-info

@@ -25,6 +25,7 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 header
+    "-Wno-uninitialized",
     # a*b+c rounds twice, as in the reference; where one rounding is meant, the code says fma
     "-ffp-contract=off",
     "-fno-math-errno",

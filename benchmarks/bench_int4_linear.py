@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from linear import bench
 from shapes import LinearShape
+from timed import bench
 
 OP = "int4_linear"
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import BASELINE
-from results import HEADINGS, Result, Run, rows
+from peers import BASELINE, OPS
+from results import Result, Run, headings, rows
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 COLUMNS = 3
 DPI = 100
 WIDTH = 1200  # pixels
+BAR = "\\|"  # within a cell of a table
 COLORS = {
     "tcompress": "#d1495b",
     "torch": "#8d99ae",
@@ -63,7 +65,7 @@ def markdown(run: Run, picture: str) -> str:
     """The page: what was measured on, the picture, and the table."""
     about = run.machine
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    right = ["---" if heading in (*HEADINGS[:2], "notes") else "---:" for heading in HEADINGS]
+    columns = headings(run.op)
     lines = [
         f"# {run.op}",
         "",
@@ -71,16 +73,21 @@ def markdown(run: Run, picture: str) -> str:
         f"{about['path']}; memory is read at {about['read_gb_s']} GB/s. {versions}; Python {about['python']}.",
         "",
         "Each library in a process of its own, all in turn; times are medians over the rounds, speedups medians of the "
-        f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts the packed weight with "
-        "its scales once a call. The relative error is against float64; GHz is the clock after the timing.",
+        f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts {OPS[run.op].reads} "
+        "once a call. The error is against float64; GHz is the clock after the timing. Calls follow each "
+        "other: what the last-level cache holds is read from there.",
         "",
         f"![Speedups over {BASELINE}]({picture})",
         "",
-        f"| {' | '.join(HEADINGS)} |",
-        f"|{'|'.join(right)}|",
-        *(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in rows(run.results)),
+        _line(heading for heading, _ in columns),
+        f"|{'|'.join('---' if left else '---:' for _, left in columns)}|",
+        *map(_line, rows(run)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
 
 
 def chart(run: Run) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from peers import OPS
-from shapes import LINEAR_SHAPES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,8 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = metafunc.config.getoption("--shape")
-    shapes = [s for s in LINEAR_SHAPES if not wanted or any(part in str(s) for part in wanted)]
-    in_process = [name for name in OPS[metafunc.module.OP] if name.startswith(("torch-", "tcompress-"))]
+    op = OPS[metafunc.module.OP]
+    shapes = [s for s in op.shapes if not wanted or any(part in str(s) for part in wanted)]
+    in_process = [name for name in op.peers if name.startswith(("torch-", "tcompress-"))]
     peers = metafunc.config.getoption("--peer") or in_process
     cases = [(shape, peer) for shape in shapes for peer in peers]
     metafunc.parametrize(("shape", "peer"), cases, ids=[f"{shape}-float32-{peer}" for shape, peer in cases])

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from linear_peer import FLOATS, LinearPeer, quantize_groups, tcompress_linear
 from onnx_linear import onnxruntime_int4
 from openvino_linear import openvino_int4
-from peer import FLOATS, CannotRun, Linear, Peer, quantize_groups, tcompress_linear
+from peer import Call, CannotRun
 from torchao_linear import torchao_int4, torchao_int8_int4
 
 #: Multiply-adds a call above which torch's float32 kernel, a plain loop, would take most of a second.
 FLOAT32_MACS = 1 << 27
 
 
-def torch_int4(dtype: torch.dtype) -> Callable[..., Linear]:
+def torch_int4(dtype: torch.dtype) -> Callable[..., Call]:
     """`_weight_int4pack_mm_for_cpu` with the activations in `dtype`. Fast in bfloat16 only."""
 
-    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Linear:
+    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Call:
         if dtype != torch.bfloat16 and x.shape[0] * w.numel() > FLOAT32_MACS:
             raise CannotRun(
                 f"torch has no vector kernel for it in {dtype}; over {FLOAT32_MACS >> 20} Mi MAC it takes long"
@@ -35,16 +36,16 @@ def torch_int4(dtype: torch.dtype) -> Callable[..., Linear]:
     return factory
 
 
-def _int4(factory: Callable[..., Linear], group: int = 32, scale_bits: int = 32) -> Peer:
-    return Peer(factory, 4, group, scale_bits, tolerance=0.2)
+def _int4(factory: Callable[..., Call], group: int = 32, scale_bits: int = 32) -> LinearPeer:
+    return LinearPeer(factory, 4, 0.2, group, scale_bits)
 
 
-def _ours(scheme: str, group: int) -> Peer:
+def _ours(scheme: str, group: int) -> LinearPeer:
     return _int4(tcompress_linear(scheme), group)
 
 
 #: In the order of the table; the first is the baseline.
-PEERS: dict[str, Peer] = {
+PEERS: dict[str, LinearPeer] = {
     **FLOATS,
     "torch-int4-bf16-g32": _int4(torch_int4(torch.bfloat16)),
     "torch-int4-bf16-g128": _int4(torch_int4(torch.bfloat16), 128),

@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from linear_peer import FLOATS, LinearPeer, module, tcompress_linear
 from onnx_linear import onnxruntime_int8
 from openvino_linear import openvino_int8
-from peer import FLOATS, CannotRun, Linear, Peer, module, tcompress_linear
+from peer import Call, CannotRun
 from torchao_linear import torchao_int8
 
 
-def _torch_dynamic(engine: str) -> Callable[..., Linear]:
-    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Linear:
+def _torch_dynamic(engine: str) -> Callable[..., Call]:
+    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Call:
         if engine not in torch.backends.quantized.supported_engines:
             raise CannotRun(f"this torch has no quantized engine {engine}")
         torch.backends.quantized.engine = engine
@@ -26,15 +27,15 @@ def _torch_dynamic(engine: str) -> Callable[..., Linear]:
 
 
 #: In the order of the table; the first is the baseline.
-PEERS: dict[str, Peer] = {
+PEERS: dict[str, LinearPeer] = {
     **FLOATS,
-    "torch-int8-fbgemm": Peer(_torch_dynamic("fbgemm"), 8),
-    "torch-int8-onednn": Peer(_torch_dynamic("onednn"), 8),
-    "torchao-int8": Peer(torchao_int8, 8),
-    "onnxruntime-int8": Peer(onnxruntime_int8, 8),
-    "openvino-int8": Peer(openvino_int8("default"), 8),
-    "openvino-int8-dynamic": Peer(openvino_int8("f32"), 8),
-    "tcompress-W8A8": Peer(tcompress_linear("W8A8"), 8),
-    "tcompress-W8A7": Peer(tcompress_linear("W8A7"), 8),
-    "tcompress-W7A7": Peer(tcompress_linear("W7A7"), 8),
+    "torch-int8-fbgemm": LinearPeer(_torch_dynamic("fbgemm"), 8),
+    "torch-int8-onednn": LinearPeer(_torch_dynamic("onednn"), 8),
+    "torchao-int8": LinearPeer(torchao_int8, 8),
+    "onnxruntime-int8": LinearPeer(onnxruntime_int8, 8),
+    "openvino-int8": LinearPeer(openvino_int8("default"), 8),
+    "openvino-int8-dynamic": LinearPeer(openvino_int8("f32"), 8),
+    "tcompress-W8A8": LinearPeer(tcompress_linear("W8A8"), 8),
+    "tcompress-W8A7": LinearPeer(tcompress_linear("W8A7"), 8),
+    "tcompress-W7A7": LinearPeer(tcompress_linear("W7A7"), 8),
 }

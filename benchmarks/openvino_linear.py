@@ -11,31 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peer import Linear, pack_nibbles, quantize_groups
+from linear_peer import pack_nibbles, quantize_groups
+from openvino_call import call, compiled
+from peer import Call
 
 #: Activations that share a scale where the weights have one a channel: it divides the K of all shapes.
 INT8_GROUP = 128
 
 
-def _compiled(weight: Any, x: torch.Tensor, b: torch.Tensor, precision: str, group: int) -> Linear:
+def _compiled(weight: Any, x: torch.Tensor, b: torch.Tensor, precision: str, group: int) -> Call:
     """`x weightᵀ + b` for an OpenVINO node `weight` [N, K]."""
     import openvino
     from openvino import opset13 as ops
 
     parameter = ops.parameter(list(x.shape), openvino.Type.f32, "x")
     y = ops.add(ops.matmul(parameter, weight, False, True), ops.constant(b[None].numpy()))
-    config: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    if precision != "default":
-        config |= {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
-    model = openvino.Core().compile_model(openvino.Model([y], [parameter], "linear"), "CPU", config)
-    request, feed = model.create_infer_request(), [x.numpy()]
-    return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
+    options = {} if precision == "default" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    return call(compiled(openvino.Model([y], [parameter], "linear"), precision, **options), [x])
 
 
-def openvino_int8(precision: str) -> Callable[..., Linear]:
+def openvino_int8(precision: str) -> Callable[..., Call]:
     """int8 weights, symmetric, one scale a channel."""
 
-    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Linear:
+    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Call:
         from openvino import opset13 as ops
 
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-10) / 127
@@ -46,10 +44,10 @@ def openvino_int8(precision: str) -> Callable[..., Linear]:
     return factory
 
 
-def openvino_int4(precision: str) -> Callable[..., Linear]:
+def openvino_int4(precision: str) -> Callable[..., Call]:
     """i4 weights, symmetric, one scale a group; dynamic quantization takes groups of the same size."""
 
-    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Linear:
+    def factory(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Call:
         import openvino
         from openvino import opset13 as ops
 

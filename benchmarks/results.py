@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers import BASELINE
+from peers import BASELINE, OPS
 
 
 @dataclass
@@ -19,7 +19,8 @@ class Result:
     Attributes:
         milliseconds: the median call of a round. noisy: whether others used the processors in that round.
         speedups: baseline's time over this peer's, of the same round.
-        relative_error: against float64. ghz, macs_per_cycle (a core), weight_gb_s: medians over the rounds.
+        macs: multiply-adds of a call. relative_error: against float64. cosine: of both results, where the op has it.
+        ghz, macs_per_cycle (a core), read_gb_s: medians over the rounds.
         not_run: the reason, where there is no time.
     """
 
@@ -28,16 +29,13 @@ class Result:
     milliseconds: list[float] = field(default_factory=list)
     noisy: list[bool] = field(default_factory=list)
     speedups: list[float] = field(default_factory=list)
+    macs: int = 0
     relative_error: float | None = None
+    cosine: float | None = None
     ghz: float | None = None
     macs_per_cycle: float | None = None
-    weight_gb_s: float | None = None
+    read_gb_s: float | None = None
     not_run: str | None = None
-
-    @property
-    def macs(self) -> int:
-        m, k, n = map(int, self.shape.rpartition("-")[2].split("x"))
-        return m * k * n
 
     @property
     def speedup(self) -> float | None:
@@ -71,24 +69,28 @@ def add_speedups(results: Iterable[Result]) -> None:
         r.speedups = [base / mine for base, mine in pairs]
 
 
-HEADINGS = (
-    "shape (M×K×N)",
-    "peer",
-    "ms",
-    f"speedup over {BASELINE}",
-    "GMAC/s",
-    "MAC/cycle/core",
-    "GB/s of weights",
-    "relative error",
-    "GHz",
-    "notes",
-)
+def headings(op: str) -> list[tuple[str, bool]]:
+    """The columns of an op's table, and which of them are text, for the left."""
+    about = OPS[op]
+    return [
+        (f"shape ({about.sizes})", True),
+        ("peer", True),
+        ("ms", False),
+        (f"speedup over {BASELINE}", False),
+        ("GMAC/s", False),
+        ("MAC/cycle/core", False),
+        ("GB/s read", False),
+        (about.error, False),
+        *([("cosine", False)] if about.cosine else []),
+        ("GHz", False),
+        ("notes", True),
+    ]
 
 
-def row(result: Result) -> tuple[str, ...]:
+def row(op: str, result: Result) -> tuple[str, ...]:
     """The line of a result: the median of its rounds, the lowest and the highest speedup in brackets."""
     if result.not_run is not None:
-        return (result.shape, result.peer, *["-"] * 7, f"not run: {result.not_run}")
+        return _absent(op, result.shape, result.peer, result.not_run)
     median = statistics.median(result.milliseconds)
     s = result.speedups
     return (
@@ -98,24 +100,30 @@ def row(result: Result) -> tuple[str, ...]:
         f"{result.speedup:.2f} ({min(s):.2f}–{max(s):.2f})" if s else "-",
         f"{result.macs / median / 1e6:.0f}",
         _number(result.macs_per_cycle, 0),
-        _number(result.weight_gb_s, 1),
+        _number(result.read_gb_s, 1),
         _number(result.relative_error, 5),
+        *([_number(result.cosine, 6)] if OPS[op].cosine else []),
         _number(result.ghz, 2),
         f"noisy {sum(result.noisy)}/{len(result.noisy)}" if any(result.noisy) else "",
     )
 
 
-def rows(results: list[Result]) -> list[tuple[str, ...]]:
+def rows(run: Run) -> list[tuple[str, ...]]:
     """All lines, those of a shape together; a peer that ran at no shape gets a single one."""
+    results = run.results
     peers = dict.fromkeys(r.peer for r in results)
     nowhere = {p for p in peers if all(r.not_run for r in results if r.peer == p)}
     shapes = dict.fromkeys(r.shape for r in results)
-    lines = [row(r) for shape in shapes for r in results if r.shape == shape and r.peer not in nowhere]
+    lines = [row(run.op, r) for shape in shapes for r in results if r.shape == shape and r.peer not in nowhere]
     for peer in peers:
         if peer in nowhere:
             reasons = "; ".join(dict.fromkeys(str(r.not_run) for r in results if r.peer == peer))
-            lines.append(("all", peer, *["-"] * 7, f"not run: {reasons}"))
+            lines.append(_absent(run.op, "all", peer, reasons))
     return lines
+
+
+def _absent(op: str, shape: str, peer: str, reason: str) -> tuple[str, ...]:
+    return (shape, peer, *["-"] * (len(headings(op)) - 3), f"not run: {reason}")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,7 +1,7 @@
 """Runs the benchmarks of an op, each peer in a process of its own and all of them in turn, and prints a table.
 
-    python benchmarks/run.py --op int8_linear|int4_linear [--rounds 3] [--peer NAME ...] [--shape PART ...]
-                             [--json FILE] [--patience 30]
+    python benchmarks/run.py --op int8_linear|int4_linear|attention|decode_attention [--rounds 3] [--peer NAME ...]
+                             [--shape PART ...] [--json FILE] [--patience 30]
 
 A peer's time is the median over its rounds; the speedup is the median of the ratios to the baseline of the same round,
 with the lowest and the highest round beside it. A round is noisy where others used more than a tenth of the processors
@@ -33,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import idle
 from bandwidth import read_bandwidth
 from peers import BASELINE, OPS
-from results import HEADINGS, Result, Run, add_speedups, rows
-from shapes import LINEAR_SHAPES
+from results import Result, Run, add_speedups, headings, rows
 
 FOLDER = Path(__file__).parent
 LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
@@ -86,16 +85,16 @@ class Measurement:
         result = self._results.setdefault(key, Result(*key))
         result.milliseconds.append(bench["stats"]["median"] * 1e3)
         result.noisy.append(noisy)
-        result.relative_error = info["relative_error"]
+        result.macs, result.relative_error, result.cosine = info["macs"], info["relative_error"], info["cosine"]
         self.path = info["path"]
-        for name in ("ghz", "macs_per_cycle", "weight_gb_s"):
+        for name in ("ghz", "macs_per_cycle", "read_gb_s"):
             if info[name] is not None:
                 self._figures[key][name].append(info[name])
                 setattr(result, name, statistics.median(self._figures[key][name]))
 
     def results(self) -> list[Result]:
         """In the order of the shapes and of the peers."""
-        keys = [(str(shape), peer) for shape in LINEAR_SHAPES for peer in OPS[self.op]]
+        keys = [(str(shape), peer) for shape in OPS[self.op].shapes for peer in OPS[self.op].peers]
         found = [self._results[key] for key in keys if key in self._results]
         add_speedups(found)
         return found
@@ -135,10 +134,10 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an idle machine, each time")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
-    unknown = set(options.peer) - set(OPS[options.op])
+    unknown = set(options.peer) - set(OPS[options.op].peers)
     if unknown:
-        parser.error(f"--peer: got {sorted(unknown)}, expected some of {list(OPS[options.op])}")
-    peers = [p for p in OPS[options.op] if not options.peer or p in options.peer or p == BASELINE]
+        parser.error(f"--peer: got {sorted(unknown)}, expected some of {list(OPS[options.op].peers)}")
+    peers = [p for p in OPS[options.op].peers if not options.peer or p in options.peer or p == BASELINE]
     measurement = Measurement(options.op, options.patience)
     jobs = [peer for _ in range(options.rounds) for peer in peers]
     for peer in track(jobs, "measuring", console=Console(stderr=True)):
@@ -147,9 +146,9 @@ def main() -> None:
     if options.json:
         run.save(options.json)
     table = Table(title=f"{run.op}: {run.machine['cpu']}, {run.machine['threads']} threads, {run.machine['path']}")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in (*HEADINGS[:2], "notes") else "right")
-    for line in rows(run.results):
+    for heading, left in headings(run.op):
+        table.add_column(heading, justify="left" if left else "right")
+    for line in rows(run):
         table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     if measurement.failures:

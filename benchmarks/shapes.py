@@ -1,4 +1,4 @@
-"""Named shapes of real models: what a linear layer gets to do."""
+"""Named shapes of real models: what a linear layer and an attention get to do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,32 @@ class LinearShape:
         return f"{self.name}-{self.m}x{self.k}x{self.n}"
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Batch B, H heads of the queries, Hkv of keys and values, Sq queries, Skv keys, D a head. Causal: the last query
+    sees all keys, each before it one less."""
+
+    name: str
+    b: int
+    h: int
+    h_kv: int
+    sq: int
+    skv: int
+    d: int
+    causal: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Of the products Q Kᵀ and P V, for the visible pairs of a query and a key only."""
+        hidden = self.sq * (self.sq - 1) // 2 if self.causal else 0
+        return 2 * self.b * self.h * (self.sq * self.skv - hidden) * self.d
+
+    def __str__(self) -> str:
+        heads = str(self.h) if self.h == self.h_kv else f"{self.h}:{self.h_kv}"
+        size = "x".join(map(str, (self.b, heads, self.sq, self.skv, self.d)))
+        return f"{self.name}-{size}{'-causal' if self.causal else ''}"
+
+
 def _layer(model: str, m: int, *pairs: tuple[str, int, int]) -> list[LinearShape]:
     return [LinearShape(f"{model}.{part}", m, k, n) for part, k, n in pairs]
 
@@ -43,4 +69,22 @@ LINEAR_SHAPES = [
     *_layer("llama-8b", 4, ("attention", 4096, 4096), ("gate", 4096, 14336)),
     *_layer("llama-8b", 16, ("attention", 4096, 4096), ("gate", 4096, 14336)),
     *_layer("llama-8b", 128, ("attention", 4096, 4096)),
+]
+
+ATTENTION_SHAPES = [
+    AttentionShape("minilm", 1, 12, 12, 128, 128, 32),
+    AttentionShape("bert-base", 1, 12, 12, 128, 128, 64),
+    AttentionShape("bert-base", 1, 12, 12, 512, 512, 64),
+    AttentionShape("bert-base", 1, 12, 12, 2048, 2048, 64),
+    AttentionShape("vit-small", 1, 6, 6, 257, 257, 64),
+    AttentionShape("whisper-tiny", 1, 6, 6, 1500, 1500, 64),
+    AttentionShape("smollm2", 1, 9, 3, 512, 512, 64, causal=True),
+    AttentionShape("llama-7b", 1, 32, 32, 2048, 2048, 128, causal=True),
+]
+
+#: One new token and the cache of all before it.
+DECODE_SHAPES = [
+    AttentionShape("llama-8b", 1, 32, 8, 1, 4096, 128),
+    AttentionShape("gpt2", 1, 12, 12, 1, 1024, 64),
+    AttentionShape("smollm2", 1, 9, 3, 1, 1024, 64),
 ]

@@ -7,10 +7,11 @@ import warnings
 from typing import Any
 
 import torch
-from peer import CannotRun, Linear, module
+from linear_peer import module
+from peer import Call, CannotRun
 
 
-def _quantized(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, config: Any, compiled: bool) -> Linear:
+def _quantized(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, config: Any, compiled: bool) -> Call:
     from torchao.quantization import quantize_
 
     model: torch.nn.Module = torch.nn.Sequential(module(w.to(x.dtype), b.to(x.dtype)))
@@ -23,14 +24,14 @@ def _quantized(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, config: Any, c
     return lambda: model(x)
 
 
-def torchao_int8(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Linear:
+def torchao_int8(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Call:
     """int8 weights per channel, int8 activations per token, symmetric; torch.compile fuses the quantization."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return _quantized(x, w, b, Int8DynamicActivationInt8WeightConfig(), compiled=True)
 
 
-def torchao_int4(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Linear:
+def torchao_int4(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Call:
     """4-bit weights with zero points, bfloat16 activations. The stable `Int4WeightOnlyConfig` does not take CPU tensors
     (0.18), the prototype does; it calls `_weight_int4pack_mm_for_cpu`, where the compiler has nothing to fuse."""
     try:
@@ -42,7 +43,7 @@ def torchao_int4(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) 
     return _quantized(x.bfloat16(), w, b, PrototypeInt4WeightOnlyConfig(group_size=group), compiled=False)
 
 
-def torchao_int8_int4(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Linear:
+def torchao_int8_int4(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, group: int) -> Call:
     """4-bit weights, int8 activations per token, on torchao's own CPU kernel, which its wheels mostly lack."""
     try:
         from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig

@@ -6,7 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "binding_tensors.h"
+#include "binding_linear.h"
 #include "cpu/int8_linear.h"
 #include "cpu/path.h"
 #include "cpu/quantize_per_token.h"

@@ -1,6 +1,6 @@
 // The int4 ops: check tensors > raw view > call (bindings.cpp has the rest).
 
-#include "binding_tensors.h"
+#include "binding_linear.h"
 #include "cpu/int4_linear.h"
 
 namespace {

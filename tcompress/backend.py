@@ -68,7 +68,8 @@ def register_kernel(op: str, backend: str, *, unsupported: Unsupported) -> None:
     """
     if backend not in BACKENDS or backend == "reference":
         raise ValueError(message("register_kernel", "backend", repr(backend), f"one of {BACKENDS[:-1]}"))
-    _kernels.setdefault(op, {})[backend] = unsupported
+    known = _kernels.get(op, {}) | {backend: unsupported}
+    _kernels[op] = {b: known[b] for b in BACKENDS if b in known}
 
 
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
@@ -78,7 +79,7 @@ def register_reference(op: str, reference: Callable[..., Any]) -> None:
 
 def kernels(op: str) -> tuple[str, ...]:
     """The backends that have a kernel for `op`, in order of preference."""
-    return tuple(b for b in BACKENDS if b in _kernels.get(op, {}))
+    return tuple(_kernels.get(op, {}))
 
 
 def _checked_backend(name: str | None, where: str) -> str | None:
@@ -142,8 +143,8 @@ def select(op: str, *args: Any, **kwargs: Any) -> str:
             raise RuntimeError(message(op, "backend", f"{_forced!r} (forced)", "a backend that can run", reason))
         return _forced
     if _forced is None:
-        for backend in kernels(op):
-            if available[backend](*args, **kwargs) is None:
+        for backend, unsupported in available.items():  # in order of preference
+            if unsupported(*args, **kwargs) is None:
                 return backend
         if _extension.C is None and not _warned:
             _warn_once(op)
@@ -175,7 +176,7 @@ def call_in_place(op: str, *args: Any) -> None:
 @cache
 def _dispatched(op: str) -> Callable[..., Any]:
     """torch's callable for an op; looking it up takes longer than a small op."""
-    return getattr(torch.ops.tcompress, op)
+    return getattr(torch.ops.tcompress, op).default
 
 
 class _Reference(torch.autograd.Function):

@@ -65,6 +65,6 @@ def cpu_unsupported(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
     """The reasons that all CPU kernels share."""
     if _extension.C is None:
         return _extension.WHY_NOT
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the input is on {x.device.type}"
     return None

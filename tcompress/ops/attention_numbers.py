@@ -65,7 +65,9 @@ def exp2_float(ticks: torch.Tensor) -> torch.Tensor:
     p = torch.zeros_like(x)
     for c in reversed(EXP2_FLOAT):
         p = (p + c) * x
-    return (p + 1.0) * torch.where(n.isnan(), math.nan, torch.ldexp(torch.ones_like(n), n.nan_to_num(0.0)))
+    # The power from its bits: torch.ldexp multiplies by a pow() that may be off by an ulp.
+    power = ((n.nan_to_num(0.0).int() + 127) << 23).view(torch.float32)
+    return (p + 1.0) * power  # a NaN is in p
 
 
 def soften(ticks: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -113,5 +115,6 @@ def value_weights(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     [..., 1]. A token without finite scale counts as 0."""
     finite = torch.where(torch.isfinite(scale), scale, 0.0)
     largest = finite.amax(-1, keepdim=True)
-    step = torch.where(largest > 0, VALUE_ONE / largest, 0.0)
+    # as tensors: torch computes number / tensor as number * (1 / tensor), which rounds twice
+    step = torch.where(largest > 0, torch.full_like(largest, VALUE_ONE) / largest, 0.0)
     return torch.round(finite * step).int(), largest

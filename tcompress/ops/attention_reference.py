@@ -68,6 +68,14 @@ class KeysAndValues:
         return KeysAndValues(k, F.pad(self.k_scale, (0, more)), v, F.pad(self.v_scale, (0, more)), self.k_mean)
 
 
+def mean_product(q: torch.Tensor, k_mean: torch.Tensor) -> torch.Tensor:
+    """q · k_mean in the order of the channels: [B, H, Sq, D], [B, H, D] -> [B, H, Sq]."""
+    total = torch.zeros(q.shape[:-1], device=q.device)
+    for d in range(q.shape[-1]):
+        total = total + q[..., d] * k_mean[:, :, None, d]
+    return total
+
+
 def attend(
     q: torch.Tensor,
     kv: KeysAndValues,
@@ -96,6 +104,9 @@ def attend(
     q_bad = torch.isnan(q_scale)
     q_scale = torch.where(q_bad, 0.0, q_scale) * unit
     q_int = (-q_int if scale < 0 else q_int).double()
+    shift = mean_product(q.float(), kv.k_mean)  # what smoothing the keys took from all scores of a query
+    if softcap:  # the cap is no shift of all scores: it needs them whole
+        shift = torch.where(q_bad, 0.0, shift) * (-unit if scale < 0 else unit)
 
     highest = torch.full((b, h, sq), -math.inf, device=q.device)
     total = torch.zeros((b, h, sq), device=q.device)
@@ -110,7 +121,7 @@ def attend(
         products = (q_int @ kv.k[:, :, tokens].double().mT).float()  # integers below 2^31, rounded once
         s = products * k_scale.nan_to_num(0.0)[:, :, None] * q_scale[..., None]
         if softcap:
-            s = numbers.soften(s, softcap)
+            s = numbers.soften(s + shift[..., None], softcap)
         if mask is not None:
             part = F.pad(mask[..., start : min(start + BLOCK, skv)], (0, max(start + BLOCK - skv, 0)))
             if part.dtype == torch.bool:
@@ -142,7 +153,8 @@ def attend(
     factor = torch.where(poisoned | (q_bad & ~empty), math.nan, factor)
     # P' counts a value by VALUE_ONE + 1 units, of which its weight had VALUE_ONE
     out = out * (factor * torch.tensor((numbers.VALUE_ONE + 1) / numbers.VALUE_ONE, dtype=torch.float32))[..., None]
-    shift = (q.float() * kv.k_mean[:, :, None]).sum(-1) * scale
-    lse = (highest / numbers.TICKS_PER_NAT) + torch.log(total / numbers.ONE) + shift
+    lse = (highest / numbers.TICKS_PER_NAT) + torch.log(total / numbers.ONE)
+    if not softcap:
+        lse = lse + shift * scale
     lse = torch.where(empty, -math.inf, lse)
     return out, torch.where(torch.isnan(factor), math.nan, lse)

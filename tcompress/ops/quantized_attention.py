@@ -83,9 +83,10 @@ def quantized_attention(
     """
     op = "quantized_attention"
     check_heads(op, q, k, v, enable_gqa)
-    expanded = expanded_mask(op, mask, (*q.shape[:3], k.shape[2]))
+    if mask is not None:
+        mask = expanded_mask(op, mask, (*q.shape[:3], k.shape[2]))
     options = checked_options(op, bits, is_causal, window, softcap, scale, q.shape[-1])
-    out, lse = backend.call(op, q, k, v, expanded, *options, return_lse)
+    out, lse = backend.call(op, q, k, v, mask, *options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -133,9 +134,9 @@ def checked_options(
     """
     if bits != "auto" and bits not in numbers.BITS:
         raise ValueError(message(op, "bits", repr(bits), f"'auto' or one of {numbers.BITS}"))
-    if not (isinstance(is_causal, bool) or is_causal in ("top_left", "bottom_right")):
+    if not (is_causal is False or is_causal is True or is_causal in ("top_left", "bottom_right")):
         raise ValueError(message(op, "is_causal", repr(is_causal), "a bool, 'top_left' or 'bottom_right'"))
-    left, right = _window(op, window)
+    left, right = (-1, -1) if window is None else _window(op, window)
     if is_causal:
         right = 0
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -148,8 +149,6 @@ def checked_options(
 
 
 def _window(op: str, window: Window) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
     if isinstance(window, int) and not isinstance(window, bool):
         if window < 1:
             raise ValueError(message(op, "window", window, "at least 1, or (left, right)"))
@@ -161,6 +160,33 @@ def _window(op: str, window: Window) -> tuple[int, int]:
 
 def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool) -> None:
     """Raises unless q, k and v are float tensors of one type and fitting shapes."""
+    try:  # what fits is seen in a fraction of a microsecond: a small attention takes a few
+        b, h, _, d = q.shape
+        kb, kh, tokens, kd = k.shape
+        vb, vh, v_tokens, dv = v.shape
+    except (AttributeError, ValueError):
+        _refuse_heads(op, q, k, v)
+        raise
+    dtype = q.dtype
+    if (
+        b == kb == vb
+        and kh == vh
+        and tokens == v_tokens
+        and d == kd
+        and d <= MAX_HEAD_DIM
+        and dv <= MAX_HEAD_DIM
+        and dtype == k.dtype
+        and dtype == v.dtype
+        and dtype in FLOAT_DTYPES
+        and ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device)
+    ):
+        if h != kh:
+            check_groups(op, h, kh, enable_gqa)
+        return
+    _refuse_heads(op, q, k, v)
+
+
+def _refuse_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_float(x, op, name)
         if x.dim() != 4:
@@ -168,13 +194,11 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enab
         if x.dtype != q.dtype or x.device != q.device:
             got, expected = f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device} as q"
             raise TypeError(message(op, name, got, expected))
-    shapes = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(message(op, "q, k, v", shapes, "[B, H, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]"))
-    check_groups(op, q.shape[1], k.shape[1], enable_gqa)
     for name, x in (("q", q), ("v", v)):
         if x.shape[3] > MAX_HEAD_DIM:
             raise ValueError(message(op, name, list(x.shape), f"a last dimension of at most {MAX_HEAD_DIM}"))
+    got = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+    raise ValueError(message(op, "q, k, v", got, "[B, H, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv]"))
 
 
 def check_groups(op: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
@@ -226,7 +250,8 @@ def reference(
 
 def heads_last(out: torch.Tensor) -> torch.Tensor:
     """The same [B, H, S, D], laid out as [B, S, H, D]."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    b, h, s, d = out.shape
+    return out.new_empty((b, s, h, d)).copy_(out.transpose(1, 2)).transpose(1, 2)
 
 
 def fake(

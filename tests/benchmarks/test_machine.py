@@ -6,7 +6,6 @@ import clock
 import idle
 import pytest
 from bandwidth import read_bandwidth
-from sweep_m import largest_step
 
 STAT = "cpu  300 10 90 500 60 0 20 20 50 5\ncpu0 1 1 1 1 1 1 1 1 1 1\nintr 5\n"
 
@@ -49,8 +48,3 @@ def test_clock():
 
 def test_bandwidth():
     assert 0.1 < read_bandwidth(1 << 24, repeats=3) < 5000
-
-
-def test_largest_step():
-    points = [{"m": m, "ours_us": t} for m, t in ((1, 10.0), (2, 11.0), (3, 22.0), (64, 500.0))]
-    assert largest_step(points) == (2, 2.0)

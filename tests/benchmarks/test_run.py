@@ -5,12 +5,11 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from peers import OPS
-from results import rows
+from results import Run, rows
 from run import Measurement
-from shapes import LINEAR_SHAPES
 
-SHAPE = str(LINEAR_SHAPES[0])
-PEERS = list(OPS["int8_linear"])
+SHAPE = str(OPS["int8_linear"].shapes[0])
+PEERS = list(OPS["int8_linear"].peers)
 REPORT = f"""<testsuites><testsuite>
 <testcase name="test_int8_linear[{SHAPE}-float32-{PEERS[3]}]">
 <skipped message="no such engine">file:1</skipped></testcase>
@@ -21,8 +20,8 @@ FAILURE = f"""<testsuites><testsuite><testcase name="test_int8_linear[{SHAPE}-fl
 
 
 def times(peer: str, milliseconds: float) -> dict:
-    info = {"shape": SHAPE, "peer": peer, "relative_error": 0.01, "path": "avx2"}
-    figures = {"ghz": None, "macs_per_cycle": None, "weight_gb_s": 2.0}
+    info = {"shape": SHAPE, "peer": peer, "macs": 10**6, "relative_error": 0.01, "cosine": None, "path": "avx2"}
+    figures = {"ghz": None, "macs_per_cycle": None, "read_gb_s": 2.0}
     return {"stats": {"median": milliseconds / 1e3}, "extra_info": info | figures}
 
 
@@ -41,7 +40,7 @@ def test_rounds_skips_and_failures_become_rows():
     assert skipped.not_run == "no such engine"
     assert failed.not_run == "FAILED: AssertionError: wrong"
     assert measurement.failures == [f"{PEERS[4]} at {SHAPE}: where"]
-    assert [line[-1] for line in rows(measurement.results())][2:] == [
+    assert [line[-1] for line in rows(Run("int8_linear", {}, measurement.results()))][2:] == [
         "not run: no such engine",
         "not run: FAILED: AssertionError: wrong",
     ]

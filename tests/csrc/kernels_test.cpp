@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_kernels.h"
 #include "guarded.h"
 #include "int4_kernels.h"
 #include "int8_linear.h"
@@ -245,6 +246,11 @@ int main(int argc, char** argv) {
     cpu::force_path(name);  // throws where it cannot run
     run_path(cpu::current_path(), few);
     run_int4(cpu::current_path(), few);
+    {
+      const cpu::Path path = cpu::current_path();
+      run_attention(path, few);
+      cpu::force_path(name);
+    }
     std::printf("ran %s\n", name.c_str());
   }
   std::printf("%d checks, %d failures\n", checks, failures);

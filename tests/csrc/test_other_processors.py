@@ -17,6 +17,7 @@ import pytest
 from kernel_build import CPU, FLAGS, HERE, KERNELS, KERNELS_TEST, compile_all, host_compiler, link
 
 EMULATED = (
+    "attention_avx512vnni",
     "int4_linear_avx512vnni",
     "int8_linear_avxvnni",
     "int8_linear_avx512vnni",

@@ -1,0 +1,15 @@
+"""Attention over several tokens. `python benchmarks/run.py --op attention` (make bench) runs each peer in a process of
+its own; plain `pytest benchmarks/bench_attention.py` runs torch's and ours in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shapes import AttentionShape
+from timed import bench
+
+OP = "attention"
+
+
+def test_attention(benchmark: Any, shape: AttentionShape, peer: str) -> None:
+    bench(benchmark, OP, shape, peer)
