@@ -72,7 +72,7 @@ struct RowState {
         slots(tiles * kQueryTile),
         dk(padded_d(a.args->d)),
         dv(padded_dv(a.args->dv)),
-        q_stride(round_up(a.args->d, 16)) {
+        q_stride(padded(a.args->d, 16)) {
     const auto take = [&](int64_t bytes) {
       uint8_t* part = memory;
       memory += line_up(bytes);
