@@ -48,17 +48,17 @@ def quantize_tokens(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def allowed(sq: int, skv: int, is_causal: Any, window: Any) -> Array:
-    """bool [Sq, Skv], one pair at a time."""
-    shift = skv - sq if is_causal == "bottom_right" else 0
-    left, right = -1, -1
-    if window is not None:
-        left, right = (window - 1, window - 1) if isinstance(window, int) else window
-    seen = np.zeros((sq, skv), bool)
-    for i in range(sq):
-        for j in range(skv):
-            back = i + shift - j  # how far the key lies behind the query
-            hidden = (is_causal and back < 0) or (left >= 0 and back > left) or (right >= 0 and -back > right)
-            seen[i, j] = not hidden
+    """bool [Sq, Skv]"""
+    position = np.arange(sq)[:, None] + (skv - sq if is_causal == "bottom_right" else 0)
+    back = position - np.arange(skv)  # how far the key lies behind the query
+    seen = np.ones((sq, skv), bool)
+    if is_causal:
+        seen &= back >= 0
+    if isinstance(window, int):
+        seen &= np.abs(back) < window
+    elif window is not None:
+        left, right = (np.inf if w == -1 else w for w in window)
+        seen &= (back <= left) & (-back <= right)
     return seen
 
 
@@ -106,11 +106,13 @@ def scores(
     scale: float | None = None,
     window: Any = None,
     softcap: float | None = None,
+    shift: Array | float = 0.0,
 ) -> Softmax:
-    """Of float64 q [B, H, Sq, D] and k [B, Hkv, Skv, D]."""
+    """Of float64 q [B, H, Sq, D] and k [B, Hkv, Skv, D]; `shift` is added to the products times scale."""
     (b, h, sq, d), skv = q.shape, k.shape[2]
     k = np.repeat(k, h // k.shape[1], 1) if h else k[:, :0]
     s = (q @ np.swapaxes(k, -1, -2)) * (1 / math.sqrt(d or 1) if scale is None else scale)
+    s = s + shift
     slack = np.abs(s) * 8 * HALF_ULP
     if softcap:
         s = softcap * np.tanh(s / softcap)
@@ -180,7 +182,7 @@ def of_integers(
     finfo: torch.finfo,
     **options: Any,
 ) -> Quantized:
-    """From integers of k and v. The softmax with a softcap is not that of k less its mean: the mean is added again."""
+    """From integers of k and v. A softcap needs whole scores: to those of k less its mean, q · mean is added again."""
     groups = q.shape[1] // k_int.shape[1] if q.shape[1] else 0
     q_int, q_scale = quantize_tokens(q, bits)
     q_real = q_int * q_scale[..., None].astype(np.float64)
@@ -189,14 +191,14 @@ def of_integers(
     factor = options.get("scale")
     factor = 1 / math.sqrt(q.shape[-1] or 1) if factor is None else factor
     terms = q.astype(np.float64) * np.repeat(mean, groups, 1)[:, :, None] * factor
+    shift = terms.sum(-1)
     softcapped = bool(options.get("softcap"))
-    softmax = scores(q_real, k_real + softcapped * mean[..., None, :].astype(np.float64), **options)
+    softmax = scores(q_real, k_real, **options, shift=shift[..., None] if softcapped else 0.0)
 
     weights, share = softmax.weights, softmax.block_share()
     total = weights.sum(-1)
     safe = np.where(total > 0, total, 1.0)
     out = weights @ np.repeat(v_real, groups, 1) / safe[..., None]
-    shift = 0.0 if softcapped else terms.sum(-1)
 
     # A score is rounded to a tick (two roundings of half a tick, with its block's maximum), the exponential is within
     # four units of 2^-14, and rounded to a unit of 2^-13 of the block's maximum. NaN and overflow: anything goes.
@@ -217,7 +219,7 @@ def of_integers(
         bound = bound / np.maximum(1 - error_total / safe, 1e-30)[..., None]
         bound += np.abs(out) * (float(finfo.eps) / 2 + 1e-6) + float(finfo.tiny)
         lse_bound = -np.log1p(-np.minimum(error_total / safe, 1 - 1e-12))
-        lse = softmax.lse + shift
+        lse = softmax.lse if softcapped else softmax.lse + shift
         lse_bound += np.abs(terms).sum(-1) * (q.shape[-1] + 4) * HALF_ULP + 1e-6 * np.maximum(1, np.abs(softmax.lse))
     return Quantized(out, lse, bound, lse_bound)
 
