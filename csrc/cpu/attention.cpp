@@ -53,7 +53,7 @@ void parallel_queue(int threads, int64_t n, const Task& task) {
 int64_t row_scratch(const AttentionArgs& args, int64_t rows) {
   const int64_t slots = round_up(rows, kQueryTile), tiles = slots / kQueryTile;
   constexpr int64_t kArrays = 10, kTileFloats = 16;
-  return slots * (round_up(args.d, 16) * 2 + padded_dv(args.dv) * 4 + 3 * 4 + 2 + 16) + 2 * tiles * kTileFloats * 4 +
+  return slots * (padded(args.d, 16) * 2 + padded_dv(args.dv) * 4 + 3 * 4 + 2 + 16) + 2 * tiles * kTileFloats * 4 +
          kArrays * kCacheLine;
 }
 
@@ -66,7 +66,7 @@ struct HeadMemory {
         k_bytes(blocks * key_block_bytes(args.d, wide)),
         v_bytes(blocks * value_block_bytes(args.dv, wide)),
         scale_bytes(blocks * kKeyBlock * 4),
-        mean_bytes(line_up(args.d * 4)) {}
+        mean_bytes(line_up(args.d * 4 + 4)) {}
 
   int64_t bytes() const { return k_bytes + v_bytes + 2 * scale_bytes + mean_bytes; }
 

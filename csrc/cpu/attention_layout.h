@@ -22,9 +22,12 @@ static_assert(int64_t{kKeyBlock} * kWeightOne * kMaxInteger < 2147483647, "P V o
 
 namespace {
 
-// D and Dv as they are stored.
-constexpr int64_t padded_d(int64_t d) { return (d + 3) / 4 * 4; }
-constexpr int64_t padded_dv(int64_t dv) { return (dv + kChannelPanel - 1) / kChannelPanel * kChannelPanel; }
+// D and Dv as they are stored: no channels are stored as some zeros, so that loops over them run at least once.
+constexpr int64_t padded(int64_t n, int64_t multiple) {
+  return n < 1 ? multiple : (n + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t padded_d(int64_t d) { return padded(d, 4); }
+constexpr int64_t padded_dv(int64_t dv) { return padded(dv, kChannelPanel); }
 constexpr int64_t key_block_bytes(int64_t d, bool wide) { return kKeyBlock * padded_d(d) * (wide ? 2 : 1); }
 constexpr int64_t value_block_bytes(int64_t dv, bool wide) { return kKeyBlock * padded_dv(dv) * (wide ? 2 : 1); }
 

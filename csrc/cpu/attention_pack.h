@@ -56,9 +56,9 @@ __attribute__((always_inline)) inline float quantize_token(const float* x, const
 template <class V>
 inline const float* load_token(const void* x, DType dtype, int64_t index, int64_t stride, int64_t n, float* row) {
   const char* token = static_cast<const char*>(x) + index * stride * element_bytes(dtype);
-  if (dtype == DType::kFloat32 && n % 16 == 0) return reinterpret_cast<const float*>(token);
+  if (dtype == DType::kFloat32 && n % 16 == 0 && n > 0) return reinterpret_cast<const float*>(token);
   row_to_float<V>(token, dtype, n, row);
-  for (int64_t i = n; i < round_up(n, 16); ++i) row[i] = 0.f;
+  for (int64_t i = n; i < padded(n, 16); ++i) row[i] = 0.f;
   return row;
 }
 
@@ -96,12 +96,12 @@ struct Packer {
 
   explicit Packer(const PackArgs& a) : args(a) {
     for (int64_t i = 0; i < args.d; ++i) mean[i] = args.head.k_mean[i];
-    for (int64_t i = args.d; i < round_up(args.d, 16); ++i) mean[i] = 0.f;
+    for (int64_t i = args.d; i < padded(args.d, 16); ++i) mean[i] = 0.f;
   }
 
   float key(int64_t token, T* out) {
     const float* x = load_token<V>(args.k, args.dtype, token, args.k_stride, args.d, row);
-    return quantize_token<V>(x, mean, round_up(args.d, 16), q_max, 1.f, out);
+    return quantize_token<V>(x, mean, padded(args.d, 16), q_max, 1.f, out);
   }
 
   float value(int64_t token, T* out) {

@@ -24,19 +24,19 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def key_bytes(d: int) -> int:
-    """Bytes of a block of keys with head dimension d."""
-    return BLOCK * round_up(d, QUAD)
+    """Bytes of a block of keys with head dimension d; none is stored as one quad of zeros."""
+    return BLOCK * round_up(max(d, 1), QUAD)
 
 
 def value_bytes(d: int) -> int:
-    """Bytes of a block of values with head dimension d."""
-    return BLOCK * round_up(d, PANEL)
+    """Bytes of a block of values with head dimension d; none is stored as one panel of zeros."""
+    return BLOCK * round_up(max(d, 1), PANEL)
 
 
 def pack_keys(k: torch.Tensor) -> torch.Tensor:
     """int8 [..., S, D] -> [..., ceil(S/64), key_bytes(D)]."""
     s, d = k.shape[-2:]
-    k = F.pad(k, (0, -d % QUAD, 0, -s % BLOCK))
+    k = F.pad(k, (0, round_up(max(d, 1), QUAD) - d, 0, -s % BLOCK))
     k = k.unflatten(-1, (-1, QUAD)).unflatten(-3, (-1, BLOCK // PANEL, PANEL))  # [..., blocks, panels, 16, D/4, 4]
     return k.transpose(-3, -2).flatten(-4).contiguous()
 
@@ -50,7 +50,7 @@ def unpack_keys(data: torch.Tensor, s: int, d: int) -> torch.Tensor:
 def pack_values(v: torch.Tensor) -> torch.Tensor:
     """int8 [..., S, Dv] -> [..., ceil(S/64), value_bytes(Dv)]."""
     s, d = v.shape[-2:]
-    v = F.pad(v, (0, -d % PANEL, 0, -s % BLOCK))
+    v = F.pad(v, (0, round_up(max(d, 1), PANEL) - d, 0, -s % BLOCK))
     v = v.unflatten(-1, (-1, PANEL)).unflatten(-3, (-1, BLOCK // QUAD, QUAD))  # [..., blocks, quads, 4, Dv/16, 16]
     return v.movedim(-2, -4).transpose(-2, -1).flatten(-4).contiguous()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import attention_samples
 import torch
 
 from tcompress import _C
@@ -412,4 +413,5 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int8_linear_quantized": tuple(_quantized_samples()),
     "int8_multi_linear": tuple(_multi_samples(8)),
     "int4_multi_linear": tuple(_multi_samples(4)),
+    **attention_samples.SAMPLES,
 }
