@@ -103,6 +103,16 @@ def test_chunked_prefill(chunks):
     assert _error(torch.cat(got, 2), _expected(q, k, v, is_causal=True)) < ERROR
 
 
+def test_a_token_is_the_same_alone_and_in_a_chunk():
+    k, v = _kv(135)
+    alone, together = KVCache(), KVCache()
+    for cache, chunks in ((alone, [60] + 75 * [1]), (together, [60, 75])):
+        for new in zip(k.split(chunks, 2), v.split(chunks, 2), strict=True):
+            cache.append(*new)
+    assert torch.equal(alone.keys(), together.keys())
+    assert torch.equal(alone.values(), together.values())
+
+
 def test_options_reach_the_op():
     cache, k, v = _filled(70)
     q = torch.randn(2, 4, 70, 24)

@@ -1,11 +1,14 @@
-"""The README's example runs as printed."""
+"""The README's examples run as printed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import transformers as hf
 import yaml
 
 from tcompress.nn import QuantizedLinear
@@ -19,7 +22,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_python_example(tmp_path, monkeypatch, capsys):
-    (example,) = _blocks("python")
+    example, _ = _blocks("python")
     assert len(example.strip().splitlines()) <= 12, "the example is meant to fit in about 10 lines"
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -28,6 +31,23 @@ def test_python_example(tmp_path, monkeypatch, capsys):
     assert any(isinstance(m, QuantizedLinear) for m in names["same"].modules())
     with torch.inference_mode():
         assert torch.equal(names["same"](names["x"]), names["y"])
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_cache_example(capsys):
+    _, example = _blocks("python")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=96, pad_token_id=0, **sizes)).eval()
+    ids = torch.randint(3, 90, (2, 12))
+    names: dict[str, Any] = {
+        "model": model,
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "min_new_tokens": 64},
+    }
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["tokens"].shape == (2, 76)
+    cache = names["cache"]
+    assert cache.get_seq_length() == 75
+    assert capsys.readouterr().out == f"{cache.nbytes_used} {cache.float_nbytes}\n"
 
 
 def test_recipe_example():

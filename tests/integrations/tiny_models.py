@@ -50,8 +50,8 @@ def gemma2(**changes: Any) -> Any:
 
 
 def gpt_oss(**changes: Any) -> Any:
-    """Attention sinks."""
-    own = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": 5}
+    """Attention sinks. All experts are taken: a choice between them could turn on a rounding."""
+    own = {"num_local_experts": 2, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5}
     return hf.GptOssForCausalLM(hf.GptOssConfig(**_DECODER | own | changes))
 
 
