@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import tcompress
 from tcompress.formats import checkpoint
@@ -82,6 +82,22 @@ def test_two_plain_files(saved):
 def test_into_an_already_compressed_model(saved):
     target = _compressed(seed=3)
     assert _equal(_state(tcompress.load(saved, target)), _state(_compressed()))
+
+
+@pytest.mark.parametrize("config", [BertConfig, LlamaConfig])
+def test_into_a_compressed_model_whose_activations_are_fused(tmp_path, config):
+    """They stand in the kernels that the checkpoint's layers take the place of."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        plain = AutoModel.from_config(config(vocab_size=64, **sizes)).eval()
+        models.append(tcompress.compress(plain, RECIPE).model)
+    tcompress.save(models[0], tmp_path)
+    ids = torch.arange(6)[None]
+    expected = models[0](ids)[0]
+    assert not torch.equal(models[1](ids)[0], expected)
+    assert torch.equal(tcompress.load(tmp_path, models[1])(ids)[0], expected)
 
 
 def test_shared_modules_and_tied_parameters(tmp_path):
