@@ -1,9 +1,9 @@
-"""What the int8 key-value cache and quantized attention cost a decoder: perplexity, and the first tokens that it writes.
+"""What quantized attention and the int8 key-value cache cost a decoder: perplexity, and the first tokens it writes.
 
-    python benchmarks/decoder_quality.py MODEL_FOLDER TEXT_FILE [--tokens 4096] [--context 512] [--prompts 10] [--new 32]
+    python benchmarks/decoder_quality.py MODEL_FOLDER TEXT_FILE PROMPT_FILE [--tokens 4096] [--context 512] [--new 32]
 
-The model is a Hugging Face folder. Perplexity is over windows of `--context` tokens of the text; prompts are pieces of
-the same text, and a prompt counts as alike when the `--new` greedy tokens are those of float32 with torch's attention.
+The model is a Hugging Face folder. Perplexity is over windows of `--context` tokens of the text; of the prompts, one a
+line, one counts as alike when its first `--new` greedy tokens are those of float32 with torch's attention.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from rich.table import Table
 
 import tcompress  # registers the attention "tcompress"
 from tcompress.integrations import Int8Cache
-
-PROMPT_TOKENS = 48
 
 
 def perplexity(model: Any, ids: torch.Tensor, context: int, cache: Callable[[], Any]) -> float:
@@ -56,9 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
+    parser.add_argument("prompts", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--new", type=int, default=32)
     options = parser.parse_args()
 
@@ -67,7 +65,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     ids = tokenizer(options.text.read_text(), return_tensors="pt").input_ids[0]
-    prompts = [ids[i * 97 : i * 97 + PROMPT_TOKENS] for i in range(options.prompts)]
+    lines = [line for line in options.prompts.read_text().splitlines() if line]
+    prompts = [tokenizer(line, return_tensors="pt").input_ids[0] for line in lines]
     ids = ids[: options.tokens]
 
     settings: list[tuple[str, str, Callable[[], Any]]] = [

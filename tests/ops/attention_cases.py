@@ -15,7 +15,7 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """`b` sequences, `h` heads of queries over `hkv` of keys and values, `sq` queries of `d` over `skv` values of `dv`."""
+    """`b` sequences, `h` query heads over `hkv` of keys and values, `sq` queries of `d` over `skv` values of `dv`."""
 
     name: str
     b: int
@@ -35,8 +35,8 @@ class Shape:
         return (self.b, self.h, self.sq, self.skv)
 
 
-# What the kernels cut a problem into: queries in tiles of 6 (16 with AMX), keys in blocks of 64 and panels of 16 within,
-# D in pairs (12 bits) and fours (8 bits), in 64s with AMX, Dv in 16s.
+# What the kernels cut a problem into: queries in tiles of 6, keys in blocks of 64 and panels of 16 within, D in pairs
+# (12 bits) and fours (8 bits), Dv in 16s.
 SHAPES = (
     Shape("no-batch", 0, 2, 2, 5, 7, 8, 8),
     Shape("no-heads", 2, 0, 0, 5, 7, 8, 8),
@@ -224,7 +224,9 @@ MASKS: dict[str, Callable[[Shape], torch.Tensor]] = {
     "lowest-bfloat16": lambda s: _lowest(s).clamp_min(torch.finfo(torch.bfloat16).min).bfloat16(),
     "lowest-float16": lambda s: _lowest(s).clamp_min(torch.finfo(torch.float16).min).half(),
     "large": lambda s: normal(*s.scores) * 1e3,
-    "alibi": lambda s: (torch.arange(s.skv) - torch.arange(s.sq)[:, None]) * torch.linspace(0.01, 1, s.h)[:, None, None],
+    "alibi": lambda s: (
+        (torch.arange(s.skv) - torch.arange(s.sq)[:, None]) * torch.linspace(0.01, 1, s.h)[:, None, None]
+    ),
 }
 
 #: Keyword arguments of `quantized_attention` apart from the mask.
@@ -297,7 +299,11 @@ VALUES: dict[str, Callable[..., Operands]] = {
     "zero-v": _scaled(1, 1, 0),
     "zeros": _scaled(0, 0, 0),
     "negative-zeros": _scaled(-0.0, -0.0, -0.0),
-    "zero-tokens": lambda q, k, v: (q, k * (torch.arange(k.shape[2]) % 2)[:, None], v * (torch.arange(v.shape[2]) > 63)[:, None]),
+    "zero-tokens": lambda q, k, v: (
+        q,
+        k * (torch.arange(k.shape[2]) % 2)[:, None],
+        v * (torch.arange(v.shape[2]) > 63)[:, None],
+    ),
     "equal-keys": lambda q, k, v: (q, k[:, :, :1].expand(k.shape), v),
     "large-scores": _scaled(30, 30, 1),
     "huge-scores": _scaled(200, 200, 1),

@@ -1,5 +1,5 @@
 """What the attention ops should compute, in numpy's float64 (and float32 where their definition names float32 steps);
-nothing here calls the library. With it, a bound on each element's error that follows from the definition's roundings."""
+nothing here calls the library. With it, a bound on each element's error, from the roundings of the definition."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 HALF_ULP = 2.0**-24
 MIN_RANGE = 2.0**-100
 BLOCK = 64
+LOWEST = -1e35  # stands for the lowest number of a type in a mask
 TICKS_PER_NAT = 2048 / math.log(2)
 
 Array = np.ndarray
@@ -109,7 +110,7 @@ def scores(
     shift: Array | float = 0.0,
 ) -> Softmax:
     """Of float64 q [B, H, Sq, D] and k [B, Hkv, Skv, D]; `shift` is added to the products times scale."""
-    (b, h, sq, d), skv = q.shape, k.shape[2]
+    (_, h, sq, d), skv = q.shape, k.shape[2]
     k = np.repeat(k, h // k.shape[1], 1) if h else k[:, :0]
     s = (q @ np.swapaxes(k, -1, -2)) * (1 / math.sqrt(d or 1) if scale is None else scale)
     s = s + shift
@@ -125,8 +126,10 @@ def scores(
         else:
             seen = seen & (m != -np.inf)
             m = np.where(m == -np.inf, 0, m).astype(np.float64)
-            s = s + m
-            slack = slack + (np.abs(m) + np.abs(s)) * 4 * HALF_ULP
+            # Beside the lowest number of a type no score counts: such a key is seen only where a row has no other.
+            lowest = m < -1e30
+            s = np.where(lowest, LOWEST, s + m)
+            slack = np.where(lowest, 0.0, slack + (np.abs(np.where(lowest, 0.0, m)) + np.abs(s)) * 4 * HALF_ULP)
     return Softmax(seen, np.where(seen, s, -np.inf), slack)
 
 
@@ -147,7 +150,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Attention of the integers that the definition makes of q, k and v, in float64, and bounds on what the definition's
+    """Attention of the integers that the definition makes of q, k and v, in float64, and bounds on what its own
     arithmetic may add to it: `out` within `out_bound`, `lse` within `lse_bound`, element by element."""
 
     out: Array
@@ -234,8 +237,11 @@ def assert_within(got: torch.Tensor, lse: torch.Tensor | None, expected: Quantiz
     values = lse.double().numpy()
     empty = expected.lse == -np.inf
     assert (values[empty] == -np.inf).all(), f"{what}: lse of rows that see nothing"
-    difference = np.abs(values[~empty] - expected.lse[~empty])
-    assert (difference <= expected.lse_bound[~empty]).all(), f"{what}: lse: off by {difference.max():.3g}"
+    lowest = (expected.lse < LOWEST / 2) & ~empty
+    assert (values[lowest] < -1e30).all(), f"{what}: lse of rows that see only the lowest number"
+    ordinary = ~empty & ~lowest
+    difference = np.abs(values[ordinary] - expected.lse[ordinary])
+    assert (difference <= expected.lse_bound[ordinary]).all(), f"{what}: lse: off by {difference.max():.3g}"
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:

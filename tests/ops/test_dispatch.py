@@ -56,6 +56,13 @@ def test_opcheck_of_inputs_that_require_a_gradient(op):
     torch.library.opcheck(getattr(torch.ops.tcompress, op).default, arguments, test_utils=checks)
 
 
+def test_an_op_that_changes_its_arguments_takes_no_part_in_a_gradient():
+    *cache, k, v, length = cases.SAMPLES["kv_cache_append"][0]
+    arguments = [t.clone() for t in cache]
+    ops.kv_cache_append(*arguments, k.clone().requires_grad_(), v, length)
+    assert not any(t.requires_grad for t in arguments)
+
+
 def strides(x):
     """Of the axes that have another element to step to."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
