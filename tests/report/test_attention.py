@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import torch
+from rich.console import Console
 from torch import nn
 
 import tcompress
@@ -43,7 +45,9 @@ def test_worst_head():
 
 
 def test_text():
-    text = str(report(CHECKED, FLOAT, BROKEN))
+    written = io.StringIO()
+    report(CHECKED, FLOAT, BROKEN).print(Console(file=written, width=200))  # wide: no cell is folded
+    text = written.getvalue()
     assert "attention: 1 quantized, 2 in floating point" in text
     for part in ("layers.[0] (+1)", "0.99876", "0.0100", "2.50e-01", "1: 0.91234", "(root)", "below 0.999", "1: nan"):
         assert part in text, part
