@@ -12,6 +12,7 @@ import transformers as hf
 import yaml
 
 from tcompress.nn import QuantizedLinear
+from tcompress.ops.quantized_attention import auto_bits
 from tcompress.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"
@@ -53,4 +54,5 @@ def test_cache_example(capsys):
 def test_recipe_example():
     (example,) = _blocks("yaml")
     recipe = Recipe.load(yaml.safe_load(example))
-    assert [step.scheme.name for step in recipe.steps] == ["W8A8", "W8A16"]
+    assert [step.scheme and step.scheme.name for step in recipe.steps] == ["W8A8", "W8A16", None]
+    assert [step.attention for step in recipe.steps] == [None, None, f"int{auto_bits()}"]
