@@ -27,15 +27,15 @@ def kept_blocks(dense: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return block_grid(dense != 0, size).any(3).any(2)
 
 
-def pack(dense: torch.Tensor, size: tuple[int, int], bits: int) -> Stored:
-    """Packs a weight [N, K] in blocks of size (R, C); NaN is not zero, -0.0 is."""
+def pack_blocks(dense: torch.Tensor, size: tuple[int, int], bits: int) -> Stored:
+    """Packs a weight [N, K] in blocks of size (R, C) of integers, or of the bits of floats."""
     mask = kept_blocks(dense, size)
     blocks = block_grid(dense, size)[mask]
     return Stored(store_values(blocks.flatten(), bits), *encode_index(mask.flatten()))
 
 
-def unpack(stored: Stored, shape: tuple[int, int], size: tuple[int, int], bits: int) -> torch.Tensor:
-    """The inverse of `pack`.
+def unpack_blocks(stored: Stored, shape: tuple[int, int], size: tuple[int, int], bits: int) -> torch.Tensor:
+    """The inverse of `pack_blocks`.
 
     Raises:
         ValueError: a malformed index, or values that do not fit it.

@@ -32,8 +32,8 @@ def crowded_groups(dense: torch.Tensor, size: tuple[int, int]) -> int:
     return int((row_groups(dense != 0, m).sum(2, dtype=torch.uint8) > n).sum())
 
 
-def pack(dense: torch.Tensor, size: tuple[int, int], bits: int) -> Stored:
-    """Packs a weight [rows, K] that has the pattern (N, M); NaN is not zero, -0.0 is.
+def pack_n_m(dense: torch.Tensor, size: tuple[int, int], bits: int) -> Stored:
+    """Packs a weight [rows, K] that has the pattern (N, M) of integers, or of the bits of floats.
 
     Raises:
         ValueError: the weight does not have the pattern.
@@ -54,8 +54,8 @@ def pack(dense: torch.Tensor, size: tuple[int, int], bits: int) -> Stored:
     return Stored(store_values(groups[mask], bits), index, "positions")
 
 
-def unpack(stored: Stored, shape: tuple[int, int], size: tuple[int, int], bits: int) -> torch.Tensor:
-    """The inverse of `pack`.
+def unpack_n_m(stored: Stored, shape: tuple[int, int], size: tuple[int, int], bits: int) -> torch.Tensor:
+    """The inverse of `pack_n_m`.
 
     Raises:
         TypeError: the index is not uint8. ValueError: a malformed index, or values that do not fit it.

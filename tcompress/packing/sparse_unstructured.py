@@ -8,14 +8,14 @@ from tcompress.packing.sparse_index import decode_index, encode_index
 from tcompress.packing.sparse_values import Stored, load_values, store_values
 
 
-def pack(dense: torch.Tensor, bits: int) -> Stored:
-    """Packs a weight [N, K]; NaN is not zero, -0.0 is."""
+def pack_unstructured(dense: torch.Tensor, bits: int) -> Stored:
+    """Packs a weight [N, K] of integers, or of the bits of floats."""
     mask = dense != 0
     return Stored(store_values(dense[mask], bits), *encode_index(mask.flatten()))
 
 
-def unpack(stored: Stored, shape: tuple[int, int], bits: int) -> torch.Tensor:
-    """The inverse of `pack`.
+def unpack_unstructured(stored: Stored, shape: tuple[int, int], bits: int) -> torch.Tensor:
+    """The inverse of `pack_unstructured`.
 
     Raises:
         ValueError: a malformed index, or values that do not fit it.

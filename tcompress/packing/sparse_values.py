@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -13,12 +13,18 @@ from tcompress.packing.int4 import join_nibbles, unpack_int4
 ZERO = 8
 
 
-class Stored(NamedTuple):
-    """The kept part of a weight as a storage layout gives it; the fields are those of `SparseWeight`."""
+@dataclass(frozen=True)
+class Stored:
+    """The kept part of a weight as a storage layout gives it; the fields are those of `SparseWeight`, of floats the bits."""
 
     values: torch.Tensor
     index: torch.Tensor
     index_kind: str
+
+
+def float_bits(floats: torch.Tensor) -> torch.Tensor:
+    """Floats of 4 or 2 bytes as integers, to be moved: some of torch's copies rewrite a NaN (scatter of bfloat16)."""
+    return floats.view(torch.int32 if floats.element_size() == 4 else torch.int16)
 
 
 def store_values(values: torch.Tensor, bits: int) -> torch.Tensor:

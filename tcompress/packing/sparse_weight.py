@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from tcompress.errors import message
-from tcompress.packing import sparse_blocks, sparse_n_m, sparse_unstructured
+from tcompress.packing.sparse_blocks import pack_blocks, unpack_blocks
+from tcompress.packing.sparse_n_m import pack_n_m, unpack_n_m
 from tcompress.packing.sparse_pattern import Pattern
-from tcompress.packing.sparse_values import Stored
+from tcompress.packing.sparse_values import Stored, float_bits
+from tcompress.packing.sparse_unstructured import pack_unstructured, unpack_unstructured
 
 #: The bits that a dense weight's type takes, and the type that stores so many bits.
 _BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.int8: 8}
@@ -80,7 +82,7 @@ class SparseWeight:
         if self.bits <= 8:
             hint = "call dequantize()"
             raise TypeError(message("SparseWeight.floats", "values", f"{self.bits}-bit integers", "floats", hint))
-        return self._unpack()
+        return self._unpack().view(self.values.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that is stored, [N, K]; of integers computed in float32 and rounded once.
@@ -103,12 +105,12 @@ class SparseWeight:
         return self.values.nbytes + self.index.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def _unpack(self) -> torch.Tensor:
-        stored = Stored(self.values, self.index, self.index_kind)
+        stored = Stored(float_bits(self.values) if self.bits > 8 else self.values, self.index, self.index_kind)
         pattern = Pattern.parse(self.pattern)
         if pattern.kind == "unstructured":
-            return sparse_unstructured.unpack(stored, self.shape, self.bits)
-        layout = sparse_n_m if pattern.kind == "n_m" else sparse_blocks
-        return layout.unpack(stored, self.shape, pattern.size, self.bits)
+            return unpack_unstructured(stored, self.shape, self.bits)
+        unpack = unpack_n_m if pattern.kind == "n_m" else unpack_blocks
+        return unpack(stored, self.shape, pattern.size, self.bits)
 
 
 def pack_sparse(
@@ -148,16 +150,18 @@ def pack_sparse(
         raise ValueError(message("pack_sparse", "bits", bits, f"{expected} for {dense.dtype}", "quantize first"))
     n, k = dense.shape
     _check_scale(scale, (n, k), bits, group_size)
-    dense = dense.detach().masked_fill(dense == 0, 0)  # no -0.0
+    moved = float_bits(dense.detach()) if bits > 8 else dense
+    moved = moved.masked_fill(dense == 0, 0)  # no -0.0
     if bits == 4 and dense.numel() and not -8 <= int(dense.min()) <= int(dense.max()) <= 7:
         got = f"integers from {int(dense.min())} to {int(dense.max())}"
         raise ValueError(message("pack_sparse", "dense", got, "-8 to 7 for 4 bits"))
     if parsed.kind == "unstructured":
-        stored = sparse_unstructured.pack(dense, bits)
+        stored = pack_unstructured(moved, bits)
     else:
-        layout = sparse_n_m if parsed.kind == "n_m" else sparse_blocks
-        stored = layout.pack(dense, parsed.size, bits)
-    return SparseWeight(*stored, shape=(n, k), pattern=str(parsed), bits=bits, scale=scale, group_size=group_size)
+        pack = pack_n_m if parsed.kind == "n_m" else pack_blocks
+        stored = pack(moved, parsed.size, bits)
+    values = stored.values.view(dense.dtype) if bits > 8 else stored.values
+    return SparseWeight(values, stored.index, stored.index_kind, (n, k), str(parsed), bits, scale, group_size)
 
 
 def _check_scale(scale: torch.Tensor | None, shape: tuple[int, int], bits: int, group_size: int) -> None:

@@ -14,16 +14,20 @@ from tcompress.packing import SparseWeight, pack_sparse
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (1, 2), (1, 37), (37, 1), (8, 4), (9, 5), (31, 33), (64, 128), (67, 131)]
 
 
+def bits_of(dense):
+    return dense.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[dense.element_size()])
+
+
 def same_bits(a, b):
     """NaN equals itself, -0.0 does not equal 0.0."""
-    integer = {4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
+    return a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
 
 
 def check(dense, pattern, **arguments):
     stored = pack_sparse(dense, pattern, **arguments)
     back = stored.integers() if stored.bits <= 8 else stored.floats()
-    assert same_bits(back, dense.masked_fill(dense == 0, 0))
+    assert back.dtype == dense.dtype
+    assert torch.equal(bits_of(back), bits_of(dense).masked_fill(dense == 0, 0))
     assert back.is_contiguous()
     assert (stored.shape, stored.pattern) == (tuple(dense.shape), pattern)
     assert stored.values.dim() == stored.index.dim() == 1
@@ -64,6 +68,17 @@ def test_any_floats(shape, pattern, kept, dtype, special, seed):
     # Anywhere if it is a zero, else where the pattern has a value.
     dense = torch.where(chosen & ((dense != 0) | (special == 0)), torch.tensor(special, dtype=dtype), dense)
     check(dense, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_survives(pattern, dtype):
+    """Each NaN too, in all its bits."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    # Alone in groups of 64, so that any pattern holds.
+    dense = torch.zeros(2**10, 2**12, dtype=torch.int16)
+    dense[:, ::64] = every.view(torch.int16).view(2**10, 64)
+    check(dense.view(dtype), pattern)
 
 
 def test_special_values():

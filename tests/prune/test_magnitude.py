@@ -61,7 +61,7 @@ def test_the_largest_of_each_group_stay(shape, pattern):
         for row, keep in zip(weight.abs().tolist(), mask.tolist(), strict=True):
             for start in range(0, len(row), m):
                 group = row[start : start + m]
-                order = sorted(range(len(group)), key=lambda i: (-group[i], i))  # noqa: B023
+                order = sorted(range(len(group)), key=lambda i: (-group[i], i))
                 chosen = sorted(order[: -(-n * len(group) // m)])
                 assert [i for i, k in enumerate(keep[start : start + m]) if k] == chosen
         for sparsity in (None, 1 - n / m, (m - n) / m):
