@@ -81,13 +81,13 @@ using Tensors = std::vector<Tensor>;
 using MaybeTensors = std::vector<std::optional<Tensor>>;
 
 // The results of all parts, or of the first where it is gated by the second.
-Tensors results(const std::vector<Operands>& operands, bool gated) {
+[[maybe_unused]] Tensors results(const std::vector<Operands>& operands, bool gated) {
   Tensors y;
   for (size_t i = 0; i < (gated ? 1 : operands.size()); ++i) y.push_back(operands[i].y);
   return y;
 }
 
-void check_parts(size_t scales, size_t weights, size_t biases, size_t kernel_weights, bool gated) {
+[[maybe_unused]] void check_parts(size_t scales, size_t weights, size_t biases, size_t kernel_weights, bool gated) {
   require(scales >= 1 && weights == scales && biases == scales && kernel_weights == scales && (!gated || scales == 2),
           "multi_linear: weights: expected lists of one length, at least 1, and 2 where gated");
 }

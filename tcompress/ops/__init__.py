@@ -9,12 +9,16 @@ from tcompress.ops.int8_linear_quantized import int8_linear_quantized
 from tcompress.ops.int8_linear_requantize import int8_linear_requantize
 from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.int8_prepack import int8_prepack
+from tcompress.ops.int8_sparse_linear import int8_sparse_linear
 from tcompress.ops.int8_unpack import int8_unpack
 from tcompress.ops.kv_cache_append import kv_cache_append
 from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import quantize_per_token
 from tcompress.ops.quantized_attention import int8_attention, quantized_attention
 from tcompress.ops.quantized_attention_varlen import int8_attention_varlen, quantized_attention_varlen
+from tcompress.ops.sparse_linear import sparse_linear
+from tcompress.ops.sparse_prepack import sparse_prepack
+from tcompress.ops.sparse_unpack import sparse_unpack
 
 __all__ = [
     "int4_linear",
@@ -28,10 +32,14 @@ __all__ = [
     "int8_linear_requantize",
     "int8_multi_linear",
     "int8_prepack",
+    "int8_sparse_linear",
     "int8_unpack",
     "kv_cache_append",
     "kv_cache_attention",
     "quantize_per_token",
     "quantized_attention",
     "quantized_attention_varlen",
+    "sparse_linear",
+    "sparse_prepack",
+    "sparse_unpack",
 ]

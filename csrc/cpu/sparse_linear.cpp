@@ -1,0 +1,266 @@
+// The table {Path -> functions}, and what all paths share: the split over threads, tiles of tokens, groups of outputs.
+
+#include "sparse_linear.h"
+
+#include <cstring>
+#include <vector>
+
+#include "path.h"
+#include "threads.h"
+
+namespace tcompress::cpu {
+namespace {
+
+constexpr int64_t kDecodeTokens = 8;    // up to so many tokens take the way for few
+constexpr int64_t kUnitOverhead = 2;    // a block row's word costs about as much as so many kept units
+constexpr float kNotFinite = __builtin_nanf("");
+
+const SparseLinearPath& path_table(Path path) {
+  switch (path) {
+#if defined(__x86_64__)
+    case Path::kAvx2:
+      return kSparseLinearAvx2;
+    case Path::kAvxVnni:
+      return kSparseLinearAvxVnni;
+    case Path::kAvx512Vnni:
+    case Path::kAmx:
+      return kSparseLinearAvx512Vnni;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return kSparseLinearNeon;
+#endif
+    default:
+      return kSparseLinearScalar;
+  }
+}
+
+struct Workspace {
+  uint32_t* rows;   // [tokens][row_stride]: activations as they come
+  uint32_t* units;  // [units][tokens]
+  uint32_t* sums;   // [kGroup][tokens]
+  uint32_t* turned;  // [tokens][kGroup]
+  float* scale;      // [tokens]
+  int32_t* zero_point;
+  uint32_t* cursor;  // [kGroup]
+};
+
+struct Plan {
+  const SparseLinearArgs& args;
+  const SparseLinearPath& path;
+  const SparseLayout layout;
+  const SparseKernels& kernels;
+  int kind;  // of the kernels: 0 for block rows of 1, 1 for 8
+  bool few;  // tokens
+  int64_t row_stride, tile_tokens;
+  int64_t x_row_bytes, y_element_bytes;
+  void (*epilogue)(const EpilogueArgs&);
+  void (*float_epilogue)(const FloatEpilogueArgs&);
+
+  const uint64_t* bitmap() const { return reinterpret_cast<const uint64_t*>(args.kernel_weight); }
+  const uint32_t* offsets() const { return reinterpret_cast<const uint32_t*>(args.kernel_weight + layout.offsets); }
+  const uint32_t* values() const { return reinterpret_cast<const uint32_t*>(args.kernel_weight + layout.values); }
+  uint64_t last_word() const {
+    const int64_t used = layout.units % kWordUnits;
+    return used == 0 ? ~0ULL : (1ULL << used) - 1;
+  }
+};
+
+struct Cell {
+  int64_t m0, m1, group0, group1;
+};
+
+// A group of outputs: block rows [row, row + rows), outputs [n0, n0 + n).
+struct Group {
+  int64_t row, rows, n0, n;
+
+  Group(const SparseLayout& layout, int64_t index)
+      : row(index * kGroup / layout.block_rows),
+        rows(smaller(kGroup / layout.block_rows, layout.rows - row)),
+        n0(index * kGroup),
+        n(smaller(kGroup, layout.n - n0)) {}
+};
+
+bool all_finite(const float* x, int64_t n) {
+  float zero = 0.f;
+  for (int64_t i = 0; i < n; ++i) zero += x[i] * 0.f;  // inf*0 and NaN*0 are NaN, and stay
+  return zero == 0.f;
+}
+
+// Rows m0 … of x in units, followed by zeros to the end of the last word.
+void prepare_rows(const Plan& plan, const Workspace& work, int64_t m0, int64_t rows) {
+  const SparseLinearArgs& args = plan.args;
+  const int64_t padded = plan.layout.words * kWordUnits;
+  for (int64_t r = 0; r < rows; ++r) {
+    const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
+    uint32_t* row = work.rows + r * plan.row_stride;
+    work.zero_point[r] = 0;
+    if (args.floats) {
+      float* f = reinterpret_cast<float*>(row);
+      plan.path.to_float(x, args.x_dtype, args.k, f);
+      for (int64_t i = args.k; i < padded; ++i) f[i] = 0.f;
+      work.scale[r] = all_finite(f, args.k) ? 1.f : kNotFinite;
+      continue;
+    }
+    const uint8_t flip = args.act_symmetric ? plan.path.symmetric_flip : 0;
+    plan.path.quantize_row({x, args.x_dtype, args.k, args.act_bits, args.act_symmetric, flip,
+                            reinterpret_cast<uint8_t*>(row), padded * kUnitBytes, work.scale + r, work.zero_point + r});
+    if (flip != 0) work.zero_point[r] = flip;
+  }
+}
+
+// From sums [tokens][kGroup] to the output.
+void finish(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows) {
+  const SparseLinearArgs& args = plan.args;
+  const int64_t offset = (m0 * args.n + group.n0) * plan.y_element_bytes;
+  const float* bias = args.bias == nullptr ? nullptr : args.bias + group.n0;
+  const void* residual = args.residual == nullptr ? nullptr : static_cast<const char*>(args.residual) + offset;
+  void* y = static_cast<char*>(args.y) + offset;
+  if (args.floats) {
+    plan.float_epilogue({reinterpret_cast<const float*>(work.turned), kGroup, rows, group.n, work.scale, bias, args.n,
+                         nullptr, residual, y});
+    return;
+  }
+  const int32_t* column_sums =
+      reinterpret_cast<const int32_t*>(args.kernel_weight + plan.layout.column_sums) + group.n0;
+  plan.epilogue({reinterpret_cast<int32_t*>(work.turned), kGroup, rows, group.n, work.zero_point, work.scale,
+                 column_sums, args.weight_scale + group.n0, bias, args.n, nullptr, residual, y});
+}
+
+void run_few(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows) {
+  const int64_t words = plan.layout.words;
+  for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
+    plan.kernels.decode[plan.kind]({work.rows + r * plan.row_stride, plan.row_stride,
+                                    static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
+                                    plan.bitmap() + group.row * words, words, plan.last_word(), plan.values(),
+                                    plan.offsets() + group.row, static_cast<uint32_t>(plan.layout.blocks),
+                                    static_cast<int>(group.rows), work.turned + r * kGroup, kGroup});
+  finish(plan, work, group, m0, rows);
+}
+
+void run_tile(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows, int vectors) {
+  const SparseLayout& layout = plan.layout;
+  const int64_t tokens = vectors * plan.path.lanes;
+  const uint8_t* runs = plan.args.kernel_weight + layout.runs;
+  std::memset(work.sums, 0, static_cast<size_t>(kGroup * tokens) * kUnitBytes);
+  std::memcpy(work.cursor, plan.offsets() + group.row, static_cast<size_t>(group.rows) * sizeof(uint32_t));
+  const int64_t step = layout.block_rows == 1 ? 1 : kMaxBlockWords;
+  for (int64_t word = 0; word < layout.words; word += step) {
+    const int64_t words = smaller(step, layout.words - word), first = group.row * layout.words + word;
+    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first,
+                                  runs + first, layout.words, words,
+                                  word + words == layout.words ? plan.last_word() : ~0ULL, plan.values(), work.cursor,
+                                  static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), work.sums});
+  }
+  plan.path.transpose(work.sums, tokens, round_up(group.n, 8), tokens, work.turned, kGroup);
+  finish(plan, work, group, m0, rows);
+}
+
+void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
+  const int64_t lanes = plan.path.lanes;
+  for (int64_t m0 = cell.m0; m0 < cell.m1; m0 += plan.tile_tokens) {
+    const int64_t rows = smaller(cell.m1 - m0, plan.tile_tokens);
+    prepare_rows(plan, work, m0, rows);
+    if (plan.few) {
+      for (int64_t g = cell.group0; g < cell.group1; ++g) run_few(plan, work, Group(plan.layout, g), m0, rows);
+      continue;
+    }
+    const int64_t tokens = round_up(rows, lanes);
+    for (int64_t r = rows; r < tokens; ++r)
+      std::memset(work.rows + r * plan.row_stride, 0, static_cast<size_t>(plan.row_stride) * kUnitBytes);
+    plan.path.transpose(work.rows, plan.row_stride, tokens, round_up(plan.layout.units, 8), work.units, tokens);
+    for (int64_t g = cell.group0; g < cell.group1; ++g)
+      run_tile(plan, work, Group(plan.layout, g), m0, rows, static_cast<int>(tokens / lanes));
+  }
+}
+
+// Cuts the groups into `parts` of about the same work; returns the first group of each, and the end.
+std::vector<int64_t> balanced_groups(const Plan& plan, int parts) {
+  const SparseLayout& layout = plan.layout;
+  const int64_t n_groups = ceil_div(layout.n, kGroup);
+  const auto work_before = [&](int64_t group) {
+    const int64_t row = smaller(group * kGroup / layout.block_rows, layout.rows);
+    return plan.offsets()[row] + kUnitOverhead * row * layout.words;
+  };
+  std::vector<int64_t> first(static_cast<size_t>(parts) + 1, n_groups);
+  first[0] = 0;
+  int64_t group = 0;
+  for (int p = 1; p < parts; ++p) {
+    while (group < n_groups && work_before(group) * parts < work_before(n_groups) * p) ++group;
+    first[static_cast<size_t>(p)] = group;
+  }
+  return first;
+}
+
+}  // namespace
+
+void sparse_linear(const SparseLinearArgs& args, int num_threads) {
+  if (args.m == 0 || args.n == 0) return;
+  const SparseLinearPath& path = path_table(current_path());
+  const SparseLayout layout(args.n, args.k, args.floats, args.block_rows, args.blocks);
+  const SparseKernels& kernels =
+      args.floats ? path.floats : (args.act_symmetric ? path.signed_int8 : path.unsigned_int8);
+  const int kind = args.block_rows == 1 ? 0 : 1;
+  const int64_t lanes = path.lanes;
+  const bool few = kernels.decode[kind] != nullptr && args.m <= kDecodeTokens;
+
+  const int64_t unit_macs = args.floats ? 1 : kQuad;
+  const int64_t macs = args.m * (args.blocks * args.block_rows * unit_macs + args.n);
+  const int threads = useful_threads(macs, kMinMacsPerThread, num_threads);
+  // Threads that share the tokens each turn their own; threads that share the outputs each turn all of them.
+  int by_tokens = 1;
+  double best_cost = 0;
+  for (int r = 1; r <= threads; ++r) {
+    const double rows = static_cast<double>(round_up(ceil_div(args.m, r), few ? 1 : lanes));
+    const double cost = rows * (static_cast<double>(layout.n) / (threads / r) + 16);
+    if (r == 1 || cost < best_cost) {
+      best_cost = cost;
+      by_tokens = r;
+    }
+  }
+  const int by_outputs = threads / by_tokens;
+  const int64_t cell_rows = round_up(ceil_div(args.m, by_tokens), few ? 1 : lanes);
+  const int64_t most = few ? kDecodeTokens : kMaxTileVectors * lanes;
+  const int64_t tile_tokens = round_up(ceil_div(cell_rows, ceil_div(cell_rows, most)), few ? 1 : lanes);
+
+  const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
+  const Plan plan{args,
+                  path,
+                  layout,
+                  kernels,
+                  kind,
+                  few,
+                  row_stride,
+                  tile_tokens,
+                  args.k * element_bytes(args.x_dtype),
+                  element_bytes(args.y_dtype),
+                  args.floats ? nullptr : path.epilogue(args.activation, args.y_dtype),
+                  args.floats ? path.float_epilogue(args.activation, args.y_dtype) : nullptr};
+  const std::vector<int64_t> groups = balanced_groups(plan, by_outputs);
+
+  int64_t size = 0;
+  const auto reserve = [&size](int64_t words) {
+    const int64_t at = size;
+    size += round_up(words * kUnitBytes, kCacheLine) / kUnitBytes;
+    return at;
+  };
+  const int64_t at_rows = reserve(tile_tokens * row_stride), at_sums = reserve(kGroup * tile_tokens);
+  const int64_t at_units = few ? 0 : reserve(round_up(layout.units, 8) * tile_tokens);
+  const int64_t at_turned = reserve(tile_tokens * kGroup), at_scale = reserve(tile_tokens);
+  const int64_t at_zero = reserve(tile_tokens), at_cursor = reserve(kGroup);
+  uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * by_tokens * by_outputs));
+  parallel_tasks(by_tokens * by_outputs, [&](int t) {
+    uint32_t* own = memory + t * size;
+    const Workspace work{own + at_rows,
+                         own + at_units,
+                         own + at_sums,
+                         own + at_turned,
+                         reinterpret_cast<float*>(own + at_scale),
+                         reinterpret_cast<int32_t*>(own + at_zero),
+                         own + at_cursor};
+    const size_t part = static_cast<size_t>(t % by_outputs);
+    const int64_t m0 = t / by_outputs * cell_rows;
+    run_cell(plan, work, {m0, smaller(m0 + cell_rows, args.m), groups[part], groups[part + 1]});
+  });
+}
+
+}  // namespace tcompress::cpu

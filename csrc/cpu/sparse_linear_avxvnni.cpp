@@ -1,0 +1,41 @@
+// AVX-VNNI: vpdpbusd in ymm registers, exact for every operand. It wants unsigned activations: symmetric ones are stored
+// with an offset of 128, which the epilogue takes out as a zero point.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+
+#include "epilogue.h"
+#include "sparse_decode.h"
+#include "sparse_linear.h"
+#include "sparse_multiply_avx2.h"
+#include "sparse_tile.h"
+#include "to_float.h"
+#include "transpose_units_avx2.h"
+#include "vec_avx2.h"
+
+namespace tcompress::cpu {
+namespace {
+
+struct Dot : Bytes256 {
+  static Sum multiply_add(Sum s, A a, __m256i w) { return _mm256_dpbusd_avx_epi32(s, a, w); }
+};
+
+constexpr SparseKernels kBytes = {{tile_one_any<Dot>, tile_eight<Dot, 4, 3>},
+                                  {decode_one_any<Dot>, decode_eight_any<Dot>}};
+
+}  // namespace
+
+const SparseLinearPath kSparseLinearAvxVnni = {
+    Bytes256::kLanes,
+    0x80,
+    quantize_row_avx2,
+    row_to_float<Vec>,
+    transpose_units,
+    kBytes,
+    kBytes,
+    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>}, {decode_one_any<Floats256>, decode_eight_any<Floats256>}},
+    epilogue_for<Vec>,
+    float_epilogue_for<Vec>};
+
+}  // namespace tcompress::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,118 @@
+// Tiles of sparse_linear.h as templates over the multiplier of a path. Everything is in an anonymous namespace.
+//
+// A multiplier D has: kLanes, Sum (a register), zero(), load_sum(p), store_sum(p, s), A (a register of activations, one
+// unit of kLanes tokens), load(p), W (one unit of weights in every lane), broadcast(p), and multiply_add(s, a, w).
+#pragma once
+
+#include <cstdint>
+
+#include "sparse_linear.h"
+
+namespace tcompress::cpu {
+namespace {
+
+// The set bits of a word, none where its blocks would go past the last one.
+inline uint64_t kept_bits(uint64_t bits, uint64_t allowed, uint32_t at, uint32_t blocks) {
+  bits &= allowed;
+  return static_cast<uint64_t>(at) + static_cast<uint64_t>(__builtin_popcountll(bits)) > blocks ? 0 : bits;
+}
+
+template <class D, int kVectors>
+void tile_one(const SparseTileArgs& args) {
+  constexpr int kTokens = kVectors * D::kLanes;
+  for (int row = 0; row < args.rows; ++row) {
+    uint32_t at = args.cursor[row];
+    uint32_t* acc = args.acc + row * kTokens;
+    typename D::Sum sum[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] = D::load_sum(acc + v * D::kLanes);
+    for (int64_t word = 0; word < args.words; ++word) {
+      const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
+      uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
+      const uint32_t* a = args.a + word * kWordUnits * kTokens;
+      for (; bits != 0; bits &= bits - 1, ++at) {
+        const auto w = D::broadcast(args.values + at);
+        const uint32_t* unit = a + __builtin_ctzll(bits) * kTokens;
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[v] = D::multiply_add(sum[v], D::load(unit + v * D::kLanes), w);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) D::store_sum(acc + v * D::kLanes, sum[v]);
+    args.cursor[row] = at;
+  }
+}
+
+// Positions of a block row's kept blocks in its words, in units of `stride`; returns their number.
+inline int list_positions(const SparseTileArgs& args, int row, int stride, uint32_t* positions) {
+  int count = 0;
+  for (int64_t word = 0; word < args.words; ++word) {
+    const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
+    uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed,
+                              args.cursor[row] + static_cast<uint32_t>(count), args.blocks);
+    for (; bits != 0; bits &= bits - 1)
+      positions[count++] = static_cast<uint32_t>((word * kWordUnits + __builtin_ctzll(bits)) * stride);
+  }
+  return count;
+}
+
+// kOutputs of a block row's eight, kVectors of the tile's.
+template <class D, int kOutputs, int kVectors>
+void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const uint32_t* values, uint32_t* acc,
+                 int64_t tokens) {
+  typename D::Sum sum[kOutputs][kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kOutputs; ++j)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = D::load_sum(acc + j * tokens + v * D::kLanes);
+  for (int i = 0; i < count; ++i, values += kMaxBlockRows) {
+    const uint32_t* unit = a + positions[i];
+    typename D::A activations[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) activations[v] = D::load(unit + v * D::kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputs; ++j) {
+      const auto w = D::broadcast(values + j);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = D::multiply_add(sum[j][v], activations[v], w);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kOutputs; ++j)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) D::store_sum(acc + j * tokens + v * D::kLanes, sum[j][v]);
+}
+
+// kOutputs * kPiece sums fill the registers.
+template <class D, int kOutputs, int kPiece>
+void tile_eight(const SparseTileArgs& args) {
+  const int tokens = args.vectors * D::kLanes;
+  uint32_t positions[kMaxBlockWords * kWordUnits];
+  for (int row = 0; row < args.rows; ++row) {
+    const int count = list_positions(args, row, tokens, positions);
+    const uint32_t* values = args.values + static_cast<int64_t>(args.cursor[row]) * kMaxBlockRows;
+    args.cursor[row] += static_cast<uint32_t>(count);
+    if (count == 0) continue;
+    uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
+    for (int v = 0; v < args.vectors;) {
+      const int left = args.vectors - v, width = left < kPiece ? left : kPiece;
+      for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
+        const auto piece = width == 1   ? piece_eight<D, kOutputs, 1>
+                           : width == 2 ? piece_eight<D, kOutputs, (kPiece < 2 ? kPiece : 2)>
+                                        : piece_eight<D, kOutputs, kPiece>;
+        piece(args.a + v * D::kLanes, positions, count, values + j, acc + j * tokens + v * D::kLanes, tokens);
+      }
+      v += width;
+    }
+  }
+}
+
+template <class D>
+void tile_one_any(const SparseTileArgs& args) {
+  constexpr SparseTile kTiles[kMaxTileVectors] = {tile_one<D, 1>, tile_one<D, 2>, tile_one<D, 3>, tile_one<D, 4>,
+                                                  tile_one<D, 5>, tile_one<D, 6>, tile_one<D, 7>, tile_one<D, 8>};
+  kTiles[args.vectors - 1](args);
+}
+
+}  // namespace
+}  // namespace tcompress::cpu

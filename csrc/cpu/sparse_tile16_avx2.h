@@ -1,0 +1,132 @@
+// AVX2 tiles of sparse_linear.h with sums in 16 bits: bytes 0 … 127 times signed bytes, widened after each run of a word
+// (sparse_layout.h), whose length was proved at pack time to keep every lane within 16 bits.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "sparse_linear.h"
+#include "sparse_multiply_avx2.h"
+#include "sparse_tile.h"
+
+namespace tcompress::cpu {
+namespace {
+
+inline __m256i multiply_add16(__m256i sum, __m256i a, __m256i w) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, w));
+}
+
+inline void widen_into(uint32_t* acc, __m256i sum) {
+  const __m256i wide = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), _mm256_add_epi32(load_256(acc), wide));
+}
+
+// A schedule that sparse_prepack did not write gives wrong sums, but ends.
+inline int next_run(int run, int left) { return run == 0 || run > left ? left : run; }
+
+template <int kVectors>
+void tile16_one(const SparseTileArgs& args) {
+  constexpr int kLanes = Bytes256::kLanes, kTokens = kVectors * kLanes;
+  for (int row = 0; row < args.rows; ++row) {
+    uint32_t at = args.cursor[row];
+    uint32_t* acc = args.acc + row * kTokens;
+    for (int64_t word = 0; word < args.words; ++word) {
+      const int64_t index = row * args.word_stride + word;
+      const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
+      uint64_t bits = kept_bits(args.bitmap[index], allowed, at, args.blocks);
+      const uint32_t* a = args.a + word * kWordUnits * kTokens;
+      for (int left = __builtin_popcountll(bits); left > 0;) {
+        const int run = next_run(args.runs[index], left);
+        left -= run;
+        __m256i sum[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[v] = _mm256_setzero_si256();
+        for (int i = 0; i < run; ++i, bits &= bits - 1, ++at) {
+          const __m256i w = broadcast_256(args.values + at);
+          const uint32_t* unit = a + __builtin_ctzll(bits) * kTokens;
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add16(sum[v], load_256(unit + v * kLanes), w);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) widen_into(acc + v * kLanes, sum[v]);
+      }
+    }
+    args.cursor[row] = at;
+  }
+}
+
+// Lengths of the runs of a block row's words; returns their number.
+inline int list_runs(const SparseTileArgs& args, int row, uint8_t* lengths) {
+  uint32_t at = args.cursor[row];
+  int count = 0;
+  for (int64_t word = 0; word < args.words; ++word) {
+    const int64_t index = row * args.word_stride + word;
+    const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
+    int left = __builtin_popcountll(kept_bits(args.bitmap[index], allowed, at, args.blocks));
+    at += static_cast<uint32_t>(left);
+    while (left > 0) {
+      const int run = next_run(args.runs[index], left);
+      lengths[count++] = static_cast<uint8_t>(run);
+      left -= run;
+    }
+  }
+  return count;
+}
+
+template <int kOutputs, int kVectors>
+void piece16_eight(const uint32_t* a, const uint32_t* positions, const uint8_t* lengths, int runs,
+                   const uint32_t* values, uint32_t* acc, int64_t tokens) {
+  constexpr int kLanes = Bytes256::kLanes;
+  for (int r = 0; r < runs; ++r) {
+    __m256i sum[kOutputs][kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kOutputs; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = _mm256_setzero_si256();
+    for (int i = 0; i < lengths[r]; ++i, values += kMaxBlockRows) {
+      const uint32_t* unit = a + *positions++;
+      __m256i activations[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) activations[v] = load_256(unit + v * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kOutputs; ++j) {
+        const __m256i w = broadcast_256(values + j);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add16(sum[j][v], activations[v], w);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kOutputs; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) widen_into(acc + j * tokens + v * kLanes, sum[j][v]);
+  }
+}
+
+void tile16_eight(const SparseTileArgs& args) {
+  constexpr int kOutputs = 4, kPiece = 2;
+  const int tokens = args.vectors * Bytes256::kLanes;
+  uint32_t positions[kMaxBlockWords * kWordUnits];
+  uint8_t lengths[kMaxBlockWords * kWordUnits];
+  for (int row = 0; row < args.rows; ++row) {
+    const int runs = list_runs(args, row, lengths), count = list_positions(args, row, tokens, positions);
+    const uint32_t* values = args.values + static_cast<int64_t>(args.cursor[row]) * kMaxBlockRows;
+    args.cursor[row] += static_cast<uint32_t>(count);
+    uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
+    for (int v = 0; v < args.vectors; v += kPiece)
+      for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
+        const auto piece = v + 1 < args.vectors ? piece16_eight<kOutputs, kPiece> : piece16_eight<kOutputs, 1>;
+        piece(args.a + v * Bytes256::kLanes, positions, lengths, runs, values + j,
+              acc + j * tokens + v * Bytes256::kLanes, tokens);
+      }
+  }
+}
+
+void tile16_one_any(const SparseTileArgs& args) {
+  constexpr SparseTile kTiles[kMaxTileVectors] = {tile16_one<1>, tile16_one<2>, tile16_one<3>, tile16_one<4>,
+                                                  tile16_one<5>, tile16_one<6>, tile16_one<7>, tile16_one<8>};
+  kTiles[args.vectors - 1](args);
+}
+
+}  // namespace
+}  // namespace tcompress::cpu

@@ -1,0 +1,143 @@
+"""The kernel layout of a weight with many zeros."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tcompress import backend
+from tcompress.errors import message
+from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
+
+WORD = 64  # units whose places one word of the bitmap holds
+UNIT_BYTES = 4
+CACHE_LINE = 64
+PAD = 64  # bytes after the last value
+#: Outputs of a block by the name of the layout; a block is one unit of each, a unit one float or four int8 along K.
+LAYOUTS: dict[torch.dtype, dict[str, int]] = {
+    torch.float32: {"unstructured": 1, "8x4": 8},
+    torch.int8: {"1x4": 1, "8x4": 8},
+}
+
+
+def sparse_prepack(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    """Rearranges a weight with zeros into the layout that the CPU kernels read, drawn in `csrc/cpu/sparse_layout.h`.
+
+    Kept are the blocks that hold a non-zero weight: one unit, or one unit of each of eight outputs. Which they are is
+    a bit for each block; the kept ones follow one another, by outputs. Derived whenever needed, and never saved.
+
+    Args:
+        weight: [N, K] float32, or int8.
+        layout: float32: "unstructured" or "8x4" (8 outputs; K is free). int8: "1x4" or "8x4".
+
+    Returns:
+        One-dimensional int8 tensor; its size depends on the zeros.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: not two-dimensional, or an unknown layout.
+    """
+    if weight.dtype not in LAYOUTS:
+        raise TypeError(message("sparse_prepack", "weight", weight.dtype, "float32 or int8"))
+    if weight.dim() != 2:
+        raise ValueError(message("sparse_prepack", "weight", f"{weight.dim()} dimensions", "[N, K]"))
+    check_layout("sparse_prepack", layout, weight.dtype)
+    return backend.call("sparse_prepack", weight, layout)
+
+
+def check_layout(op: str, layout: str, dtype: torch.dtype) -> None:
+    """Raises unless weights of this type have such a layout."""
+    if layout not in LAYOUTS[dtype]:
+        raise ValueError(message(op, "layout", repr(layout), f"one of {tuple(LAYOUTS[dtype])} for {dtype}"))
+
+
+def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[str, int]:
+    """Where the parts of the kernel layout begin, and "bytes", its size."""
+    rows = -(-n // LAYOUTS[dtype][layout])
+    words = -(-unit_count(k, dtype) // WORD)
+    integers = dtype == torch.int8
+    offsets = rows * words * 8
+    column_sums = offsets + (rows + 1) * 4
+    runs = column_sums + (-(-n // PANEL) * PANEL * 4 if integers else 0)
+    values = -(-(runs + (rows * words if integers else 0)) // CACHE_LINE) * CACHE_LINE
+    size = values + blocks * LAYOUTS[dtype][layout] * UNIT_BYTES + PAD
+    return {"offsets": offsets, "column_sums": column_sums, "runs": runs, "values": values, "bytes": size}
+
+
+def unit_count(k: int, dtype: torch.dtype) -> int:
+    """Units along K."""
+    return -(-k // QUAD) if dtype == torch.int8 else k
+
+
+def blocks_of(weight: torch.Tensor, block_rows: int) -> torch.Tensor:
+    """[N, K] to int32 [R, U, block_rows], zero padded; -0.0 is 0."""
+    if weight.dtype == torch.int8:
+        units = F.pad(weight, (0, -weight.shape[1] % QUAD))
+    else:
+        units = torch.where(weight == 0, torch.zeros_like(weight), weight)
+    units = F.pad(units, (0, 0, 0, -weight.shape[0] % block_rows))
+    rows, count = units.shape[0] // block_rows, units.shape[1] * units.element_size() // UNIT_BYTES
+    return units.reshape(-1).view(torch.int32).view(rows, block_rows, count).transpose(1, 2)
+
+
+def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    n, k = weight.shape
+    integers = weight.dtype == torch.int8
+    blocks = blocks_of(weight, LAYOUTS[weight.dtype][layout])
+    kept = (blocks != 0).any(-1)
+    padded = F.pad(kept, (0, -kept.shape[1] % WORD))
+    bitmap = (padded.unflatten(1, (padded.shape[1] // 8, 8)).int() << torch.arange(8)).sum(-1).to(torch.uint8)
+    offsets = F.pad(kept.sum(1), (1, 0)).cumsum(0).to(torch.int32)
+    values = blocks[kept]
+    where = parts(n, k, weight.dtype, layout, values.shape[0])
+    pieces = [bitmap, offsets]
+    if integers:
+        pieces += [F.pad(weight.sum(1, dtype=torch.int32), (0, -n % PANEL)), _runs(blocks, kept)]
+    head = torch.cat([piece.reshape(-1).view(torch.int8) for piece in pieces])
+    head = F.pad(head, (0, where["values"] - head.numel()))
+    return torch.cat([head, F.pad(values.reshape(-1).view(torch.int8), (0, PAD))])
+
+
+def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """For each word [R, W]: the largest r such that r kept blocks, from a multiple of r on, add up in 16 bits."""
+    rows, units, block_rows = blocks.shape
+    words = -(-units // WORD)
+    pairs = blocks.reshape(-1).view(torch.int8).view(rows, units, block_rows * 2, 2).int()
+    lanes = torch.cat([pairs.clamp_min(0).sum(-1), (-pairs).clamp_min(0).sum(-1)], -1)
+    lanes = F.pad(lanes, (0, 0, 0, -units % WORD)).unflatten(1, (words, WORD))
+    kept = F.pad(kept, (0, -units % WORD)).unflatten(1, (words, WORD))
+    lanes = lanes.gather(2, (~kept).int().argsort(dim=2, stable=True)[..., None].expand_as(lanes))  # kept ones first
+    before = F.pad(lanes.cumsum(2), (0, 0, 1, 0))
+    count = kept.sum(2)
+    runs = torch.ones_like(count)
+    for run in range(2, WORD + 1):
+        ends = torch.arange(0, WORD + run, run).clamp_max(WORD)
+        fits = (before[:, :, ends[1:]] - before[:, :, ends[:-1]]).flatten(2).amax(2) <= MAX_LANE_SUM
+        runs = torch.where(fits & (run <= count), run, runs)
+    return runs.to(torch.uint8)
+
+
+def fake(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
+
+
+def flops(weight: torch.Tensor, layout: str) -> int:
+    return 4 * weight.numel()
+
+
+def nbytes(weight: torch.Tensor, layout: str) -> int:
+    return 2 * weight.nbytes
+
+
+define(
+    Op(
+        name="sparse_prepack",
+        schema="(Tensor weight, str layout) -> Tensor",
+        reference=reference,
+        fake=fake,
+        tolerance=0.0,
+        flops=flops,
+        nbytes=nbytes,
+    )
+)
+backend.register_kernel("sparse_prepack", "cpu", unsupported=cpu_unsupported)
