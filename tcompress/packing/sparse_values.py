@@ -15,7 +15,7 @@ ZERO = 8
 
 @dataclass(frozen=True)
 class Stored:
-    """The kept part of a weight as a storage layout gives it; the fields are those of `SparseWeight`, of floats the bits."""
+    """The kept part of a weight as a storage layout gives it: fields of `SparseWeight`, of floats the bits."""
 
     values: torch.Tensor
     index: torch.Tensor

@@ -10,8 +10,8 @@ from tcompress.errors import message
 from tcompress.packing.sparse_blocks import pack_blocks, unpack_blocks
 from tcompress.packing.sparse_n_m import pack_n_m, unpack_n_m
 from tcompress.packing.sparse_pattern import Pattern
-from tcompress.packing.sparse_values import Stored, float_bits
 from tcompress.packing.sparse_unstructured import pack_unstructured, unpack_unstructured
+from tcompress.packing.sparse_values import Stored, float_bits
 
 #: The bits that a dense weight's type takes, and the type that stores so many bits.
 _BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.int8: 8}
