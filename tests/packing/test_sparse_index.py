@@ -64,6 +64,9 @@ def test_nothing_and_everything(length):
 def test_equal_lengths_take_the_bitmap():
     assert check(mask_of([0, 1], 16))[1] == "bitmap"
     assert check(mask_of([0, 1], 17))[1] == "delta"
+    # 39 gaps, one of them in two bytes, against 320 bits.
+    assert check(mask_of([*range(38), 37 + 256], 320))[1] == "bitmap"
+    assert check(mask_of([*range(38), 37 + 255], 320))[1] == "delta"
 
 
 @given(length=st.integers(0, 3000), kept=st.floats(0, 0.3), seed=st.integers(0, 2**31))
