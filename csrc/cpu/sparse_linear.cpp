@@ -2,6 +2,8 @@
 
 #include "sparse_linear.h"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <vector>
 
@@ -14,6 +16,13 @@ namespace {
 constexpr int64_t kDecodeTokens = 8;    // up to so many tokens take the way for few
 constexpr int64_t kUnitOverhead = 2;    // a block row's word costs about as much as so many kept units
 constexpr float kNotFinite = __builtin_nanf("");
+
+// Words whose activations fit the first-level cache beside a group's sums.
+int64_t words_in_l1(int64_t tokens) {
+  static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  const int64_t words = (l1 - kGroup * tokens * kUnitBytes) / (kWordUnits * tokens * kUnitBytes);
+  return words > 1 ? words : 1;
+}
 
 const SparseLinearPath& path_table(Path path) {
   switch (path) {
@@ -51,6 +60,7 @@ struct Plan {
   const SparseKernels& kernels;
   int kind;  // of the kernels: 0 for block rows of 1, 1 for 8
   bool few;  // tokens
+  int64_t call_words;  // of a tile call
   int64_t row_stride, tile_tokens;
   int64_t x_row_bytes, y_element_bytes;
   void (*epilogue)(const EpilogueArgs&);
@@ -81,9 +91,14 @@ struct Group {
 };
 
 bool all_finite(const float* x, int64_t n) {
-  float zero = 0.f;
-  for (int64_t i = 0; i < n; ++i) zero += x[i] * 0.f;  // inf*0 and NaN*0 are NaN, and stay
-  return zero == 0.f;
+  uint32_t largest = 0;  // exponent: integers, which a compiler reduces in vectors
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    bits &= 0x7f800000u;
+    largest = largest > bits ? largest : bits;
+  }
+  return largest < 0x7f800000u;
 }
 
 // Rows m0 … of x in units, followed by zeros to the end of the last word.
@@ -143,7 +158,7 @@ void run_tile(const Plan& plan, const Workspace& work, const Group& group, int64
   const uint8_t* runs = plan.args.kernel_weight + layout.runs;
   std::memset(work.sums, 0, static_cast<size_t>(kGroup * tokens) * kUnitBytes);
   std::memcpy(work.cursor, plan.offsets() + group.row, static_cast<size_t>(group.rows) * sizeof(uint32_t));
-  const int64_t step = layout.block_rows == 1 ? 1 : kMaxBlockWords;
+  const int64_t step = plan.call_words;
   for (int64_t word = 0; word < layout.words; word += step) {
     const int64_t words = smaller(step, layout.words - word), first = group.row * layout.words + word;
     plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first,
@@ -211,7 +226,9 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   double best_cost = 0;
   for (int r = 1; r <= threads; ++r) {
     const double rows = static_cast<double>(round_up(ceil_div(args.m, r), few ? 1 : lanes));
-    const double cost = rows * (static_cast<double>(layout.n) / (threads / r) + 16);
+    // What is done once for every unit of a block row of 1 weighs as much as half of a tile.
+    const double fixed = few || kind == 1 ? 0 : static_cast<double>(path.tile_vectors * lanes) / 2;
+    const double cost = (rows + fixed) * static_cast<double>(layout.n) / (threads / r) + 16 * rows;
     if (r == 1 || cost < best_cost) {
       best_cost = cost;
       by_tokens = r;
@@ -219,7 +236,7 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   }
   const int by_outputs = threads / by_tokens;
   const int64_t cell_rows = round_up(ceil_div(args.m, by_tokens), few ? 1 : lanes);
-  const int64_t most = few ? kDecodeTokens : kMaxTileVectors * lanes;
+  const int64_t most = few ? kDecodeTokens : path.tile_vectors * lanes;
   const int64_t tile_tokens = round_up(ceil_div(cell_rows, ceil_div(cell_rows, most)), few ? 1 : lanes);
 
   const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
@@ -229,6 +246,7 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
                   kernels,
                   kind,
                   few,
+                  kind == 1 ? kMaxBlockWords : words_in_l1(path.tile_vectors * lanes),
                   row_stride,
                   tile_tokens,
                   args.k * element_bytes(args.x_dtype),

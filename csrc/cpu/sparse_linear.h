@@ -92,6 +92,7 @@ struct SparseKernels {
 
 struct SparseLinearPath {
   int lanes;               // tokens in a vector
+  int tile_vectors;        // of a tile, at most kMaxTileVectors: 64 units of activations must leave room in the L1
   uint8_t symmetric_flip;  // 0x80 where the multiplier wants unsigned activations; the zero point is then 128
   QuantizeRow quantize_row;
   void (*to_float)(const void* x, DType dtype, int64_t k, float* out);

@@ -33,6 +33,7 @@ struct Signed : Bytes256 {
 
 const SparseLinearPath kSparseLinearAvx2 = {
     Bytes256::kLanes,
+    8,
     0,
     quantize_row_avx2,
     row_to_float<Vec>,

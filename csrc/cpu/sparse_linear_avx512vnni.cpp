@@ -26,6 +26,7 @@ struct Bytes512 {
   using Sum = __m512i;
   using A = __m512i;
   static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static Sum load_sum(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store_sum(uint32_t* p, Sum s) { _mm512_storeu_si512(p, s); }
   static A load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -42,6 +43,7 @@ struct Floats512 {
   using Sum = __m512;
   using A = __m512;
   static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static Sum load_sum(const uint32_t* p) { return _mm512_loadu_ps(p); }
   static void store_sum(uint32_t* p, Sum s) { _mm512_storeu_ps(p, s); }
   static A load(const uint32_t* p) { return _mm512_loadu_ps(p); }
@@ -67,6 +69,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Bytes512>, tile_eight<Bytes512, 
 
 const SparseLinearPath kSparseLinearAvx512Vnni = {
     Bytes512::kLanes,
+    4,
     0x80,
     quantize_row_avx512,
     row_to_float<Vec>,

@@ -26,6 +26,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Dot>, tile_eight<Dot, 4, 3>},
 
 const SparseLinearPath kSparseLinearAvxVnni = {
     Bytes256::kLanes,
+    8,
     0x80,
     quantize_row_avx2,
     row_to_float<Vec>,

@@ -18,6 +18,8 @@ struct Bytes {
   static constexpr int kLanes = 4;
   using Sum = int32x4_t;
   using A = int8x16_t;
+  static Sum zero() { return vdupq_n_s32(0); }
+  static Sum add(Sum a, Sum b) { return vaddq_s32(a, b); }
   static Sum load_sum(const uint32_t* p) { return vreinterpretq_s32_u32(vld1q_u32(p)); }
   static void store_sum(uint32_t* p, Sum s) { vst1q_u32(p, vreinterpretq_u32_s32(s)); }
   static A load(const uint32_t* p) { return vreinterpretq_s8_u32(vld1q_u32(p)); }
@@ -29,6 +31,8 @@ struct Floats {
   static constexpr int kLanes = 4;
   using Sum = float32x4_t;
   using A = float32x4_t;
+  static Sum zero() { return vdupq_n_f32(0); }
+  static Sum add(Sum a, Sum b) { return vaddq_f32(a, b); }
   static Sum load_sum(const uint32_t* p) { return vreinterpretq_f32_u32(vld1q_u32(p)); }
   static void store_sum(uint32_t* p, Sum s) { vst1q_u32(p, vreinterpretq_u32_f32(s)); }
   static A load(const uint32_t* p) { return load_sum(p); }
@@ -41,6 +45,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Bytes>, tile_eight<Bytes, 8, 3>}
 }  // namespace
 
 const SparseLinearPath kSparseLinearNeon = {Bytes::kLanes,
+    8,
                                             0,
                                             quantize_row_neon,
                                             row_to_float<Vec>,

@@ -20,6 +20,11 @@ struct Lanes {
   static constexpr int kLanes = 4;
   using Sum = Four<T>;
   using A = Four<uint32_t>;
+  static Sum zero() { return {}; }
+  static Sum add(Sum a, const Sum& b) {
+    for (int t = 0; t < kLanes; ++t) a.v[t] += b.v[t];
+    return a;
+  }
   static Sum load_sum(const uint32_t* p) {
     Sum s;
     std::memcpy(s.v, p, sizeof(s.v));
@@ -56,6 +61,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Bytes>, tile_eight<Bytes, 4, 2>}
 }  // namespace
 
 const SparseLinearPath kSparseLinearScalar = {Bytes::kLanes,
+    8,
                                               0,
                                               quantize_row_scalar,
                                               row_to_float<Vec>,

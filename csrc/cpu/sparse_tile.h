@@ -1,6 +1,6 @@
 // Tiles of sparse_linear.h as templates over the multiplier of a path. Everything is in an anonymous namespace.
 //
-// A multiplier D has: kLanes, Sum (a register), zero(), load_sum(p), store_sum(p, s), A (a register of activations, one
+// A multiplier D has: kLanes, Sum (a register), zero(), add(s, t), load_sum(p), store_sum(p, s), A (a register of activations, one
 // unit of kLanes tokens), load(p), W (one unit of weights in every lane), broadcast(p), and multiply_add(s, a, w).
 #pragma once
 
@@ -17,28 +17,45 @@ inline uint64_t kept_bits(uint64_t bits, uint64_t allowed, uint32_t at, uint32_t
   return static_cast<uint64_t>(at) + static_cast<uint64_t>(__builtin_popcountll(bits)) > blocks ? 0 : bits;
 }
 
+// A sum takes four or five cycles and two start in each: few vectors need a second set of sums, for every second unit.
+constexpr int chains(int vectors) { return vectors > 4 ? 1 : 2; }
+
 template <class D, int kVectors>
 void tile_one(const SparseTileArgs& args) {
-  constexpr int kTokens = kVectors * D::kLanes;
+  constexpr int kTokens = kVectors * D::kLanes, kChains = chains(kVectors);
   for (int row = 0; row < args.rows; ++row) {
     uint32_t at = args.cursor[row];
     uint32_t* acc = args.acc + row * kTokens;
-    typename D::Sum sum[kVectors];
+    typename D::Sum sum[kChains][kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] = D::load_sum(acc + v * D::kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[0][v] = D::load_sum(acc + v * D::kLanes);
+      if (kChains == 2) sum[kChains - 1][v] = D::zero();
+    }
     for (int64_t word = 0; word < args.words; ++word) {
       const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
       uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
       const uint32_t* a = args.a + word * kWordUnits * kTokens;
-      for (; bits != 0; bits &= bits - 1, ++at) {
-        const auto w = D::broadcast(args.values + at);
-        const uint32_t* unit = a + __builtin_ctzll(bits) * kTokens;
+      const uint32_t* values = args.values + at;
+      at += static_cast<uint32_t>(__builtin_popcountll(bits));
+      const auto step = [&](int chain) __attribute__((always_inline)) {
+        const auto w = D::broadcast(values++);
+        const uint32_t* unit = a + static_cast<int64_t>(__builtin_ctzll(bits)) * kTokens;
+        bits &= bits - 1;
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[v] = D::multiply_add(sum[v], D::load(unit + v * D::kLanes), w);
-      }
+        for (int v = 0; v < kVectors; ++v)
+          sum[chain][v] = D::multiply_add(sum[chain][v], D::load(unit + v * D::kLanes), w);
+      };
+      if (kChains == 2)
+        while ((bits & (bits - 1)) != 0) {
+          step(0);
+          step(kChains - 1);
+        }
+      while (bits != 0) step(0);
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) D::store_sum(acc + v * D::kLanes, sum[v]);
+    for (int v = 0; v < kVectors; ++v)
+      D::store_sum(acc + v * D::kLanes, kChains == 2 ? D::add(sum[0][v], sum[kChains - 1][v]) : sum[0][v]);
     args.cursor[row] = at;
   }
 }
@@ -95,7 +112,8 @@ void tile_eight(const SparseTileArgs& args) {
     if (count == 0) continue;
     uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
     for (int v = 0; v < args.vectors;) {
-      const int left = args.vectors - v, width = left < kPiece ? left : kPiece;
+      const int left = args.vectors - v, pieces = (left + kPiece - 1) / kPiece;
+      const int width = (left + pieces - 1) / pieces;  // 2 + 2 rather than 3 + 1
       for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
         const auto piece = width == 1   ? piece_eight<D, kOutputs, 1>
                            : width == 2 ? piece_eight<D, kOutputs, (kPiece < 2 ? kPiece : 2)>

@@ -13,8 +13,19 @@
 namespace tcompress::cpu {
 namespace {
 
-inline __m256i multiply_add16(__m256i sum, __m256i a, __m256i w) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, w));
+// As assembly, because GCC 12 loads all activations of a unit first and then keeps a sum in memory.
+inline void multiply_add16(__m256i& sum, const uint32_t* a, __m256i w) {
+  __m256i product;
+  asm("vmovdqu %[a], %[t]\n\tvpmaddubsw %[w], %[t], %[t]\n\tvpaddw %[t], %[s], %[s]"
+      : [s] "+x"(sum), [t] "=&x"(product)
+      : [a] "m"(*reinterpret_cast<const __m256i_u*>(a)), [w] "x"(w));
+}
+
+inline void multiply_add16(__m256i& sum, __m256i a, __m256i w) {
+  __m256i product;
+  asm("vpmaddubsw %[w], %[a], %[t]\n\tvpaddw %[t], %[s], %[s]"
+      : [s] "+x"(sum), [t] "=&x"(product)
+      : [a] "x"(a), [w] "x"(w));
 }
 
 inline void widen_into(uint32_t* acc, __m256i sum) {
@@ -46,7 +57,7 @@ void tile16_one(const SparseTileArgs& args) {
           const __m256i w = broadcast_256(args.values + at);
           const uint32_t* unit = a + __builtin_ctzll(bits) * kTokens;
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add16(sum[v], load_256(unit + v * kLanes), w);
+          for (int v = 0; v < kVectors; ++v) multiply_add16(sum[v], unit + v * kLanes, w);
         }
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) widen_into(acc + v * kLanes, sum[v]);
@@ -93,7 +104,7 @@ void piece16_eight(const uint32_t* a, const uint32_t* positions, const uint8_t* 
       for (int j = 0; j < kOutputs; ++j) {
         const __m256i w = broadcast_256(values + j);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[j][v] = multiply_add16(sum[j][v], activations[v], w);
+        for (int v = 0; v < kVectors; ++v) multiply_add16(sum[j][v], activations[v], w);
       }
     }
 #pragma GCC unroll 4
