@@ -2,6 +2,7 @@
 
 DeepSparse 1.8.0, the last one, needs Python 3.8 … 3.11 and old versions of numpy and onnx, so it is installed apart, in
 $XDG_CACHE_HOME/tcompress, the first time that it is asked for. Its process times itself: a pipe would add to each call.
+Its threads wait for each other: where something else takes one of its processors, a call takes a time slice, 24 ms.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def deepsparse_fp32(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> DeepSp
 def deepsparse_int8(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> DeepSparseCall:
     """uint8 activations, a scale of their own for the whole x, calibrated on x itself; weights a scale a channel.
 
-    In the form that SparseML exports, and its engine knows: unsigned weights around 128, [1, M, K], the bias added to
-    the integers.
+    In the form that SparseML exports: MatMulInteger of [1, M, K], unsigned weights around 128, the bias added to the
+    integers. Signed weights and [M, K] took the same time; QuantizeLinear and DequantizeLinear around a MatMul its
+    engine leaves to ONNX Runtime, and takes ten times as long.
     """
     return _run(_int8_model(x[None], w, b), x[None])
 

@@ -15,6 +15,7 @@ import int4_peers
 import int8_peers
 import sparse_peers
 from attention import Attention
+from deepsparse_linear import VERSION
 from linear import Linear
 from peer import Peer
 from problem import Problem, Shape
@@ -51,7 +52,7 @@ def _sparse() -> Op:
     sizes, reads = "M×K×N-pattern-zeros", "the weights that are not zero, or all of a dense layer,"
     remark = (
         "GMAC/s counts the zeros too: what a dense layer would have to do. The error is against the pruned weight. "
-        "DeepSparse times itself, in its own process."
+        f"DeepSparse {VERSION} times itself, in its own process."
     )
     return Op(SparseLinear(), SPARSE_SHAPES, sparse_peers.PEERS, sizes, reads, remark=remark)
 
