@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import held
 import numpy as np
 import onnx_call
 import torch
@@ -82,8 +83,10 @@ def _run(model: Any, x: torch.Tensor) -> DeepSparseCall:
     """Times the model in the other process.
 
     Raises:
-        CannotRun: DeepSparse is not to be had, or does not take the model.
+        CannotRun: DeepSparse is not to be had, does not take the model, or all is held to an instruction set.
     """
+    if held.isa():  # it multiplies with vpdpbusds on 512 bits under NM_ARCH=avx2 too
+        raise CannotRun(f"DeepSparse {VERSION} takes no limit on the instruction set that its generated code keeps")
     python = installed_python()
     model.ir_version = IR_VERSION
     with tempfile.TemporaryDirectory() as folder:

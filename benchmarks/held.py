@@ -7,13 +7,13 @@ import os
 import sys
 
 #: What the libraries read, each its own, most of them when they are loaded. oneDNN is in torch and in OpenVINO.
+#: Not DeepSparse's NM_ARCH=avx2: it picks the library, which was still seen to generate AVX-512 and VNNI code.
 AVX2 = {
     "TCOMPRESS_CPU_PATH": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
-    "NM_ARCH": "avx2",  # DeepSparse
 }
 #: Our own mark: for peers that cannot be held, and for the title of a page.
 MARK = "TCOMPRESS_BENCH_HELD"

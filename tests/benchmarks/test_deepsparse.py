@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import deepsparse_linear
+import held
 import onnx_call
 import pytest
 import torch
@@ -49,6 +50,12 @@ def test_result_and_time_come_from_the_other_process(factory, inputs, tmp_path: 
 def test_a_crash_of_the_other_process_is_a_reason(inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     use("raise SystemExit('unknown op')", tmp_path, monkeypatch)
     with pytest.raises(CannotRun, match="does not take the model: unknown op"):
+        deepsparse_fp32(*inputs)
+
+
+def test_it_cannot_be_held(inputs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(held.MARK, "avx2")
+    with pytest.raises(CannotRun, match="takes no limit"):
         deepsparse_fp32(*inputs)
 
 
