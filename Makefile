@@ -17,7 +17,7 @@ help:
 	@echo "make sanitize  the kernels alone, under the address and undefined-behaviour sanitizers"
 	@echo "make bench     benchmarks against other libraries, each in a process of its own; over an hour"
 	@echo "make bench-charts  tables and pictures of their results, in docs/benchmarks"
-	@echo "make bench-sweep   our layer and attention, and torch's, against the number of tokens"
+	@echo "make bench-sweep   our layer and attention, and torch's, against the number of tokens and of zeros"
 	@echo "make bench-memory  memory of one attention against the number of tokens"
 	@echo "make format    format all sources"
 
@@ -68,18 +68,21 @@ RESULTS := docs/benchmarks
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --op int8_linear --json $(RESULTS)/int8_linear.json
 	$(BIN)/python benchmarks/run.py --op int4_linear --json $(RESULTS)/int4_linear.json
+	$(BIN)/python benchmarks/run.py --op sparse_linear --shape=-80% --shape=2:4 --json $(RESULTS)/sparse_linear.json
 	$(BIN)/python benchmarks/run.py --op attention --json $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/run.py --op decode_attention --json $(RESULTS)/decode_attention.json
 
 bench-charts: $(VENV)/.bench
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/int8_linear.json
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/int4_linear.json
+	$(BIN)/python benchmarks/chart.py $(RESULTS)/sparse_linear.json
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/chart.py $(RESULTS)/decode_attention.json
 
 bench-sweep: $(VENV)/.bench
 	$(BIN)/python benchmarks/sweep_m.py
 	$(BIN)/python benchmarks/sweep_s.py
+	$(BIN)/python benchmarks/sweep_sparsity.py
 
 bench-memory: $(VENV)/.bench
 	$(BIN)/python benchmarks/attention_memory.py

@@ -2,7 +2,8 @@
 
     python benchmarks/chart.py FILE.json ... [--markdown FILE] [--png FILE]
 
-The default outputs are docs/benchmarks/<op>.md and .png. Rounds of several files are pooled.
+The default outputs are docs/benchmarks/<op>.md and .png, or <op>_avx2.* of runs held to it. Rounds of several files
+are pooled.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ COLORS = {
     "torchao": "#5c677d",
     "onnxruntime": "#3d7ea6",
     "openvino": "#6a4c93",
+    "deepsparse": "#2a9d8f",
+    "scipy": "#e9c46a",
 }
 
 
@@ -65,17 +68,18 @@ def markdown(run: Run, picture: str) -> str:
     """The page: what was measured on, the picture, and the table."""
     about = run.machine
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    columns = headings(run.op)
+    columns, remark = headings(run.op), OPS[run.op].remark
     lines = [
         f"# {run.op}",
         "",
         f"{about['cpu']}, {about['threads']} threads of {about['logical_cpus']} logical processors, our path: "
-        f"{about['path']}; memory is read at {about['read_gb_s']} GB/s. {versions}; Python {about['python']}.",
+        f"{about['path']}{_held(run)}; "
+        f"memory is read at {about['read_gb_s']} GB/s. {versions}; Python {about['python']}.",
         "",
         "Each library in a process of its own, all in turn; times are medians over the rounds, speedups medians of the "
         f"ratios to {BASELINE} in the same round, with the lowest and the highest. GB/s counts {OPS[run.op].reads} "
         "once a call. The error is against float64; GHz is the clock after the timing. Calls follow each "
-        "other: what the last-level cache holds is read from there.",
+        "other: what the last-level cache holds is read from there." + (f" {remark}" if remark else ""),
         "",
         f"![Speedups over {BASELINE}]({picture})",
         "",
@@ -84,6 +88,10 @@ def markdown(run: Run, picture: str) -> str:
         *map(_line, rows(run)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _held(run: Run) -> str:
+    return f", all libraries held to {run.machine['held_to']}" if "held_to" in run.machine else ""
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -111,6 +119,7 @@ def chart(run: Run) -> Figure:
     title = (
         f"{run.op}: speedup over {BASELINE} (1×, dashed), {about['cpu']}, {about['threads']} threads, {about['path']}"
     )
+    title += _held(run)
     figure.text(0.5, 1 - 18 / height, title, ha="center", va="center", fontsize=11.5, weight="bold")
     return figure
 
@@ -143,7 +152,8 @@ def main() -> None:
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     run = merge([Run.load(path) for path in options.files])
-    page, picture = options.markdown or DOCS / f"{run.op}.md", options.png or DOCS / f"{run.op}.png"
+    stem = "_".join(filter(None, (run.op, run.machine.get("held_to"))))
+    page, picture = options.markdown or DOCS / f"{stem}.md", options.png or DOCS / f"{stem}.png"
     for path in (page, picture):
         path.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(markdown(run, Path(os.path.relpath(picture, page.parent)).as_posix()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import held
 import torch
 from peer import Call, CannotRun
 
@@ -34,8 +35,10 @@ def session(serialized: bytes) -> Any:
     """On torch's number of threads.
 
     Raises:
-        CannotRun: this version does not know the ops of the model.
+        CannotRun: this version does not know the ops of the model, or all is held to an instruction set.
     """
+    if held.isa():
+        raise CannotRun("ONNX Runtime takes no limit on the instruction set")
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
 

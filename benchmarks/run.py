@@ -1,7 +1,7 @@
 """Runs the benchmarks of an op, each peer in a process of its own and all of them in turn, and prints a table.
 
-    python benchmarks/run.py --op int8_linear|int4_linear|attention|decode_attention [--rounds 3] [--peer NAME ...]
-                             [--shape PART ...] [--json FILE] [--patience 30]
+    python benchmarks/run.py --op int8_linear|int4_linear|sparse_linear|attention|decode_attention [--rounds 3]
+                             [--peer NAME ...] [--shape PART ...] [--json FILE] [--patience 30] [--avx2]
 
 A peer's time is the median over its rounds; the speedup is the median of the ratios to the baseline of the same round,
 with the lowest and the highest round beside it. A round is noisy where others used more than a tenth of the processors
@@ -30,13 +30,14 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
+import held
 import idle
 from bandwidth import read_bandwidth
 from peers import BASELINE, OPS
 from results import Result, Run, add_speedups, headings, rows
 
 FOLDER = Path(__file__).parent
-LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
+LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino", "scipy")
 
 
 class Measurement:
@@ -83,7 +84,7 @@ class Measurement:
         info = bench["extra_info"]
         key = info["shape"], info["peer"]
         result = self._results.setdefault(key, Result(*key))
-        result.milliseconds.append(bench["stats"]["median"] * 1e3)
+        result.milliseconds.append(info["seconds"] * 1e3)
         result.noisy.append(noisy)
         result.macs, result.relative_error, result.cosine = info["macs"], info["relative_error"], info["cosine"]
         self.path = info["path"]
@@ -113,6 +114,7 @@ def machine(path: str) -> dict[str, Any]:
         "logical_cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "path": path,
+        **({"held_to": held.isa()} if held.isa() else {}),
         "read_gb_s": round(read_bandwidth(), 1),
         "python": platform.python_version(),
         "versions": versions,
@@ -133,7 +135,9 @@ def main() -> None:
     parser.add_argument("--shape", action="append", default=[], help="part of a shape's name")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an idle machine, each time")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    held.add_option(parser)
     options = parser.parse_args()
+    held.apply(options.avx2)
     unknown = set(options.peer) - set(OPS[options.op].peers)
     if unknown:
         parser.error(f"--peer: got {sorted(unknown)}, expected some of {list(OPS[options.op].peers)}")

@@ -23,6 +23,22 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class SparseShape(LinearShape):
+    """A linear layer of which `percent` of the weights are zero, in blocks or groups as `pattern` says:
+    "unstructured", "2:4", or "RxC" of R outputs by C inputs."""
+
+    pattern: str = "unstructured"
+    percent: int = 80
+
+    @property
+    def sparsity(self) -> float:
+        return self.percent / 100
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-{self.pattern}-{self.percent}%"
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """Batch B, H heads of the queries, Hkv of keys and values, Sq queries, Skv keys, D a head. Causal: the last query
     sees all keys, each before it one less."""
@@ -69,6 +85,20 @@ LINEAR_SHAPES = [
     *_layer("llama-8b", 4, ("attention", 4096, 4096), ("gate", 4096, 14336)),
     *_layer("llama-8b", 16, ("attention", 4096, 4096), ("gate", 4096, 14336)),
     *_layer("llama-8b", 128, ("attention", 4096, 4096)),
+]
+
+#: 2:4 has one sparsity only.
+PATTERNS = {"unstructured": (50, 75, 80, 90), "2:4": (50,), **dict.fromkeys(("1x4", "8x4", "16x16"), (50, 75, 80, 90))}
+
+SPARSE_SHAPES = [
+    SparseShape(layer.name, layer.m, layer.k, layer.n, pattern, percent)
+    for layer in (
+        *_layer("bert-base", 128, ("attention", 768, 768), ("up", 768, 3072)),
+        *_layer("llama-8b", 128, ("attention", 4096, 4096)),
+        *_layer("llama-8b", 1, ("attention", 4096, 4096)),
+    )
+    for pattern, percents in PATTERNS.items()
+    for percent in percents
 ]
 
 ATTENTION_SHAPES = [
