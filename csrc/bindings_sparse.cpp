@@ -67,12 +67,12 @@ Tensor run(const Tensor& x, const Tensor& kernel_weight, int64_t n, bool floats,
   const std::optional<Tensor> bias = float_bias(bias_in, n);
   Tensor y = in.new_output(n);
   const std::optional<Tensor> residual = checked_residual(residual_in, in.shape, in.y_type);
-  cpu::sparse_linear({in.x.data_ptr(), float_dtype(in.x.scalar_type()), in.m, n, in.k,
-                      static_cast<const uint8_t*>(kernel_weight.data_ptr()), floats, block_rows, layout.blocks,
-                      weight_scale, data_or_null<float>(bias), static_cast<int>(act_bits), act_symmetric,
-                      parse_activation(activation), data_or_null<void>(residual), y.data_ptr(),
-                      integers ? DType::kInt32 : float_dtype(in.y_type)},
-                     threads());
+  cpu::sparse_linear(
+      {in.x.data_ptr(), float_dtype(in.x.scalar_type()), in.m, n, in.k,
+       static_cast<const uint8_t*>(kernel_weight.data_ptr()), floats, block_rows, layout.blocks, weight_scale,
+       data_or_null<float>(bias), static_cast<int>(act_bits), act_symmetric, parse_activation(activation),
+       data_or_null<void>(residual), y.data_ptr(), integers ? DType::kInt32 : float_dtype(in.y_type)},
+      threads());
   return y;
 }
 

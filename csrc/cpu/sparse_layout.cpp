@@ -32,7 +32,8 @@ bool read_block(const SparseWeightView& w, int64_t row, int64_t u, uint32_t* blo
   return any != 0;
 }
 
-// Sums over the first 0, 1, 2 … blocks of a word of the positive and of the negative weights that meet in a 16-bit lane.
+// Sums over the first 0, 1, 2 … blocks of a word of the positive and of the negative weights that meet in a 16-bit
+// lane.
 struct LaneSums {
   static constexpr int kSums = kMaxBlockRows * 2 * 2;
   int32_t before[kWordUnits + 1][kSums];

@@ -11,9 +11,9 @@
 //   [R][W] uint8       int8: run, how many consecutive kept blocks of the word can be summed in 16 bits (see below)
 //   [blocks][block_rows] units, from a multiple of 64 bytes on, and 64 zero bytes that a vector load may read
 //
-// A 16-bit lane adds a[k] * w[n,k] for two of a unit's four k's, 0 <= a <= 127. A word's run is the largest number r such
-// that in all sequences of r kept blocks that begin at a multiple of r no lane's positive or negative weights add up to
-// more than kMaxLaneSum (flush_schedule.h). At least 1.
+// A 16-bit lane adds a[k] * w[n,k] for two of a unit's four k's, 0 <= a <= 127. A word's run is the largest number r
+// such that in all sequences of r kept blocks that begin at a multiple of r no lane's positive or negative weights add
+// up to more than kMaxLaneSum (flush_schedule.h). At least 1.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ namespace tcompress::cpu {
 constexpr int kWordUnits = 64;
 constexpr int kUnitBytes = 4;
 constexpr int kMaxBlockRows = 8;
-constexpr int kSparsePad = 64;                 // bytes after the last value
+constexpr int kSparsePad = 64;                   // bytes after the last value
 constexpr int64_t kMaxSparseBlocks = 1LL << 31;  // an offset fits 32 bits
 
 // Where the parts begin, in bytes.

@@ -13,8 +13,8 @@
 namespace tcompress::cpu {
 namespace {
 
-constexpr int64_t kDecodeTokens = 8;    // up to so many tokens take the way for few
-constexpr int64_t kUnitOverhead = 2;    // a block row's word costs about as much as so many kept units
+constexpr int64_t kDecodeTokens = 8;  // up to so many tokens take the way for few
+constexpr int64_t kUnitOverhead = 2;  // a block row's word costs about as much as so many kept units
 constexpr float kNotFinite = __builtin_nanf("");
 
 // Words whose activations fit the first-level cache beside a group's sums.
@@ -44,9 +44,9 @@ const SparseLinearPath& path_table(Path path) {
 }
 
 struct Workspace {
-  uint32_t* rows;   // [tokens][row_stride]: activations as they come
-  uint32_t* units;  // [units][tokens]
-  uint32_t* sums;   // [kGroup][tokens]
+  uint32_t* rows;    // [tokens][row_stride]: activations as they come
+  uint32_t* units;   // [units][tokens]
+  uint32_t* sums;    // [kGroup][tokens]
   uint32_t* turned;  // [tokens][kGroup]
   float* scale;      // [tokens]
   int32_t* zero_point;
@@ -58,8 +58,8 @@ struct Plan {
   const SparseLinearPath& path;
   const SparseLayout layout;
   const SparseKernels& kernels;
-  int kind;  // of the kernels: 0 for block rows of 1, 1 for 8
-  bool few;  // tokens
+  int kind;            // of the kernels: 0 for block rows of 1, 1 for 8
+  bool few;            // tokens
   int64_t call_words;  // of a tile call
   int64_t row_stride, tile_tokens;
   int64_t x_row_bytes, y_element_bytes;
@@ -144,11 +144,10 @@ void finish(const Plan& plan, const Workspace& work, const Group& group, int64_t
 void run_few(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows) {
   const int64_t words = plan.layout.words;
   for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
-    plan.kernels.decode[plan.kind]({work.rows + r * plan.row_stride, plan.row_stride,
-                                    static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
-                                    plan.bitmap() + group.row * words, words, plan.last_word(), plan.values(),
-                                    plan.offsets() + group.row, static_cast<uint32_t>(plan.layout.blocks),
-                                    static_cast<int>(group.rows), work.turned + r * kGroup, kGroup});
+    plan.kernels.decode[plan.kind](
+        {work.rows + r * plan.row_stride, plan.row_stride, static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
+         plan.bitmap() + group.row * words, words, plan.last_word(), plan.values(), plan.offsets() + group.row,
+         static_cast<uint32_t>(plan.layout.blocks), static_cast<int>(group.rows), work.turned + r * kGroup, kGroup});
   finish(plan, work, group, m0, rows);
 }
 
@@ -161,10 +160,10 @@ void run_tile(const Plan& plan, const Workspace& work, const Group& group, int64
   const int64_t step = plan.call_words;
   for (int64_t word = 0; word < layout.words; word += step) {
     const int64_t words = smaller(step, layout.words - word), first = group.row * layout.words + word;
-    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first,
-                                  runs + first, layout.words, words,
-                                  word + words == layout.words ? plan.last_word() : ~0ULL, plan.values(), work.cursor,
-                                  static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), work.sums});
+    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first, runs + first,
+                                  layout.words, words, word + words == layout.words ? plan.last_word() : ~0ULL,
+                                  plan.values(), work.cursor, static_cast<uint32_t>(layout.blocks),
+                                  static_cast<int>(group.rows), work.sums});
   }
   plan.path.transpose(work.sums, tokens, round_up(group.n, 8), tokens, work.turned, kGroup);
   finish(plan, work, group, m0, rows);

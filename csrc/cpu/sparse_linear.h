@@ -45,12 +45,13 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads);
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 constexpr int kMaxTileVectors = 8;  // vectors of tokens in a tile
-constexpr int kMaxBlockWords = 8;   // words of block rows of 8 in a tile call: their positions are listed once for all tokens
+constexpr int kMaxBlockWords =
+    8;  // words of block rows of 8 in a tile call: their positions are listed once for all tokens
 
 // Adds the products of some words of all block rows of a group to its sums.
 struct SparseTileArgs {
-  const uint32_t* a;  // [units of the words][vectors * lanes]
-  int vectors;        // 1 … kMaxTileVectors
+  const uint32_t* a;       // [units of the words][vectors * lanes]
+  int vectors;             // 1 … kMaxTileVectors
   const uint64_t* bitmap;  // the first word of the first block row
   const uint8_t* runs;     // int8: likewise
   int64_t word_stride;     // from one block row to the next

@@ -1,5 +1,5 @@
-// AVX-VNNI: vpdpbusd in ymm registers, exact for every operand. It wants unsigned activations: symmetric ones are stored
-// with an offset of 128, which the epilogue takes out as a zero point.
+// AVX-VNNI: vpdpbusd in ymm registers, exact for every operand. It wants unsigned activations: symmetric ones are
+// stored with an offset of 128, which the epilogue takes out as a zero point.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 

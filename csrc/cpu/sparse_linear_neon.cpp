@@ -45,7 +45,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Bytes>, tile_eight<Bytes, 8, 3>}
 }  // namespace
 
 const SparseLinearPath kSparseLinearNeon = {Bytes::kLanes,
-    8,
+                                            8,
                                             0,
                                             quantize_row_neon,
                                             row_to_float<Vec>,

@@ -61,7 +61,7 @@ constexpr SparseKernels kBytes = {{tile_one_any<Bytes>, tile_eight<Bytes, 4, 2>}
 }  // namespace
 
 const SparseLinearPath kSparseLinearScalar = {Bytes::kLanes,
-    8,
+                                              8,
                                               0,
                                               quantize_row_scalar,
                                               row_to_float<Vec>,

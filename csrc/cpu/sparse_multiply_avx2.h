@@ -1,5 +1,5 @@
-// Multipliers for sparse_tile.h and sparse_decode.h in ymm registers; include only below a `#pragma GCC target` that has
-// avx2 and fma.
+// Multipliers for sparse_tile.h and sparse_decode.h in ymm registers; include only below a `#pragma GCC target` that
+// has avx2 and fma.
 #pragma once
 
 #include <immintrin.h>

@@ -1,7 +1,8 @@
 // Tiles of sparse_linear.h as templates over the multiplier of a path. Everything is in an anonymous namespace.
 //
-// A multiplier D has: kLanes, Sum (a register), zero(), add(s, t), load_sum(p), store_sum(p, s), A (a register of activations, one
-// unit of kLanes tokens), load(p), W (one unit of weights in every lane), broadcast(p), and multiply_add(s, a, w).
+// A multiplier D has: kLanes, Sum (a register), zero(), add(s, t), load_sum(p), store_sum(p, s), A (a register of
+// activations, one unit of kLanes tokens), load(p), W (one unit of weights in every lane), broadcast(p), and
+// multiply_add(s, a, w).
 #pragma once
 
 #include <cstdint>

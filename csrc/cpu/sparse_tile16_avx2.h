@@ -1,5 +1,5 @@
-// AVX2 tiles of sparse_linear.h with sums in 16 bits: bytes 0 … 127 times signed bytes, widened after each run of a word
-// (sparse_layout.h), whose length was proved at pack time to keep every lane within 16 bits.
+// AVX2 tiles of sparse_linear.h with sums in 16 bits: bytes 0 … 127 times signed bytes, widened after each run of a
+// word (sparse_layout.h), whose length was proved at pack time to keep every lane within 16 bits.
 #pragma once
 
 #include <immintrin.h>
