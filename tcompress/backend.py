@@ -25,6 +25,8 @@ from tcompress.errors import ReferencePathWarning, message
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 Unsupported = Callable[..., str | None]
+#: What torch.library itself enters when no gradient is wanted.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,11 @@ def call(op: str, *args: Any) -> Any:
     """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
     if select(op, *args) == "reference":
         return _Reference.apply(op, *args)
-    return _dispatched(op)(*args)
+    run = _dispatched(op)
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return run(*args)
+    with _below_autograd():  # torch would find in Python, in seven microseconds, that no_grad wants no gradient
+        return run(*args)
 
 
 def call_in_place(op: str, *args: Any) -> None:

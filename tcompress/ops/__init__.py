@@ -15,6 +15,7 @@ from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import quantize_per_token
 from tcompress.ops.quantized_attention import int8_attention, quantized_attention
 from tcompress.ops.quantized_attention_varlen import int8_attention_varlen, quantized_attention_varlen
+from tcompress.ops.short_attention import short_attention
 
 __all__ = [
     "int4_linear",
@@ -34,4 +35,5 @@ __all__ = [
     "quantize_per_token",
     "quantized_attention",
     "quantized_attention_varlen",
+    "short_attention",
 ]
