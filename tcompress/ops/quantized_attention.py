@@ -51,8 +51,8 @@ def quantized_attention(
         P        = 2^(s - max s)                  per block of 64 keys, integers of 13 bits, in 16-bit arithmetic
         O        = Σ over blocks, rescaled to the common maximum, of (P · scales of V) V      P V exact, in int32
 
-    The result of 8 or 12 bits is the same on every path of the CPU, bit for bit. Relative error against float64 on normal inputs:
-    about 0.001 with 12 bits, 0.011 with 8.
+    The result of 8 or 12 bits is the same on every path of the CPU, bit for bit. Relative error against float64 on
+    normal inputs: about 0.001 with 12 bits, 0.011 with 8.
 
     Papers: the blockwise softmax, Milakov & Gimelshein, arXiv 1805.02867, section 3, and Dao et al., arXiv 2205.14135,
     section 3.1; smoothing of K, Zhang et al. (SageAttention), arXiv 2410.02367, section 4.2.
@@ -322,3 +322,26 @@ define(
     )
 )
 backend.register_kernel("quantized_attention", "cpu", unsupported=cpu_unsupported)
+
+
+def _stand_in(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *others: Any,  # the op's own arguments, where the bits are chosen
+    bits: Bits = "auto",
+    mask: torch.Tensor | None = None,
+    is_causal: Causal = False,
+    window: Window = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> str | None:
+    if others or bits != "auto" or mask is not None or softcap or return_lse:
+        return None
+    h, hkv, sq, skv, d = check_heads("explain", q, k, v, True)
+    left = checked_options("explain", bits, is_causal, window, softcap, None, d)[2]
+    return "short_attention" if left < 0 and is_short(h, hkv, sq, skv) else None
+
+
+backend.register_stand_in("quantized_attention", _stand_in)

@@ -1,4 +1,4 @@
-"""Attention over few keys in float32: what `quantized_attention` runs for `bits="auto"` where integers bring no speed."""
+"""Attention over few keys in float32: what `bits="auto"` means where integers bring no speed."""
 
 from __future__ import annotations
 
