@@ -45,6 +45,7 @@ def test_opcheck(op, i):
         "int4_multi_linear",
         "quantized_attention",
         "quantized_attention_varlen",
+        "short_attention",
         "kv_cache_attention",
     ],
 )
