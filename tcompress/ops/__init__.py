@@ -16,13 +16,10 @@ from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import quantize_per_token
 from tcompress.ops.quantized_attention import int8_attention, quantized_attention
 from tcompress.ops.quantized_attention_varlen import int8_attention_varlen, quantized_attention_varlen
-<<<<<<< HEAD
+from tcompress.ops.short_attention import short_attention
 from tcompress.ops.sparse_linear import sparse_linear
 from tcompress.ops.sparse_prepack import sparse_prepack
 from tcompress.ops.sparse_unpack import sparse_unpack
-=======
-from tcompress.ops.short_attention import short_attention
->>>>>>> small-attention
 
 __all__ = [
     "int4_linear",
@@ -43,11 +40,8 @@ __all__ = [
     "quantize_per_token",
     "quantized_attention",
     "quantized_attention_varlen",
-<<<<<<< HEAD
+    "short_attention",
     "sparse_linear",
     "sparse_prepack",
     "sparse_unpack",
-=======
-    "short_attention",
->>>>>>> small-attention
 ]
