@@ -227,11 +227,12 @@ def no_backward(op: str) -> str:
     return message(op, "backward", "a gradient", "inference only", hint)
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Lists every candidate for `op` on these arguments with "chosen" or the reason why it was passed over.
 
     Args:
-        op: a public op such as `tcompress.ops.int8_linear`, or its name.
+        op: a public op such as `tcompress.ops.int8_linear`, or its name; or a module that chose between kernels by
+            measuring them, `tcompress.nn.SparseLinear`.
         args, kwargs: the arguments that the op would get.
 
     Returns:
@@ -240,6 +241,12 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises:
         ValueError: no such op. RuntimeError: the forced backend cannot run.
     """
+    if isinstance(op, torch.nn.Module):
+        own = getattr(op, "explain", None)
+        if own is None:
+            raise ValueError(message("explain", "op", type(op).__name__, "an op, or a module that chooses its kernel"))
+        explanation: Explanation = own()
+        return explanation
     name = op if isinstance(op, str) else op.__name__
     if name not in _references:
         raise ValueError(message("explain", "op", repr(name), f"one of {sorted(_references)}"))

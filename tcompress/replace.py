@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.match import Match, is_conv1d
-from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear
+from tcompress.match import Match
+from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.recipe import Sparse
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
 
 @dataclass
@@ -27,23 +29,20 @@ class Shared:
 PackedCache = dict[tuple[int, bool, QuantArgs], Shared]
 
 
-def linear_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.t() if is_conv1d(module) else weight
-
-
-def quantized(match: Match, cache: PackedCache) -> nn.Module:
-    """The quantized form of a matched module. Modules with a tied weight share its integers through `cache`.
+def compressed(match: Match, cache: PackedCache) -> nn.Module:
+    """The compressed form of a matched module. Quantized modules with a tied weight share its integers through `cache`.
 
     Raises:
         ValueError: the weight holds NaN or infinity; the message names the module.
     """
+    if isinstance(match.step, Sparse):
+        return _sparse(match, match.step)
     module, scheme = match.module, match.scheme
+    assert scheme is not None
     key = (id(module.weight), is_conv1d(module), scheme.weights)
     if key not in cache:
         try:
-            cache[key] = Shared(round_to_nearest(linear_weight(module), scheme.weights))
+            cache[key] = Shared(round_to_nearest(match.weight, scheme.weights))
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
     shared = cache[key]
@@ -58,6 +57,32 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
     shared.modules.append(replacement)
     share_kernel_layout(shared.modules)
     return replacement.train(module.training)
+
+
+def _sparse(match: Match, step: Sparse) -> SparseLinear:
+    module = match.module
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    try:
+        layer = SparseLinear.from_weight(match.weight, bias, step.scheme, tokens=step.tokens)
+    except ValueError as error:
+        raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
+    return layer.train(module.training)
+
+
+def pruned_copy(module: nn.Module, mask: torch.Tensor) -> nn.Module:
+    """A linear layer like this one, with zeros where mask [N, K] is False."""
+    weight = linear_weight(module).detach() * mask
+    if is_masked_by_torch(module):  # its weight is no parameter, and cannot be copied
+        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+        copied: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+        with torch.no_grad():
+            if bias is not None:
+                copied.bias.copy_(bias)  # type: ignore[operator]
+    else:
+        copied = copy.deepcopy(module)
+    with torch.no_grad():
+        copied.weight.copy_(weight.t() if is_conv1d(module) else weight)  # type: ignore[operator]
+    return copied.train(module.training)
 
 
 def assembled(module: Int8MultiheadAttention, replacements: dict[nn.Module, nn.Module]) -> Int8MultiheadAttention:
@@ -113,4 +138,4 @@ def disable_torch_fast_path(model: nn.Module) -> None:
 
 
 def _has_compressed(module: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear | Int8MultiheadAttention) for m in module.modules())
+    return any(isinstance(m, QuantizedLinear | SparseLinear | Int8MultiheadAttention) for m in module.modules())

@@ -26,7 +26,7 @@ from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.fuse import fuse
 from tcompress.integrations.attention_modules import CHILD, attach, interface_modules
 from tcompress.match import COMPRESSED
-from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedLinear
+from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
 
@@ -264,7 +264,8 @@ def _build_modules(metadata: Metadata, model: nn.Module) -> tuple[dict[str, nn.M
         if wrong is not None:
             raise ValueError(message("load", f"model.{name}", *wrong, hint))
         module = built[name] = built[spec] if isinstance(spec, str) else build(specs[name])
-        if not attaches and isinstance(module, QuantizedLinear):  # the activation is gone from the model that has it
+        # An activation that the model's layer has taken is gone from the model.
+        if not attaches and isinstance(module, QuantizedLinear | SparseLinear):
             module.fused_activation = getattr(places[name], "fused_activation", "none")
         module.train((places[parent] if attaches else places[name]).training)
         if attaches and isinstance(module, Int8Attention):

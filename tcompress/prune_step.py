@@ -1,0 +1,54 @@
+"""The pruning steps of a recipe: which weights of which layers go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tcompress.match import Skip, any_matches, has_own_weight, ignored, module_names, output_embeddings, why_not
+from tcompress.prune import magnitude_mask
+from tcompress.recipe import Prune, Recipe
+from tcompress.weights import linear_weight
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A layer that a step prunes: bool mask [N, K], True where a weight stays."""
+
+    names: tuple[str, ...]
+    step: Prune
+    mask: torch.Tensor
+
+
+def prune_masks(
+    model: nn.Module, recipe: Recipe, converted: Mapping[nn.Module, nn.Module]
+) -> tuple[dict[nn.Module, Pruned], list[Skip]]:
+    """The masks of all pruning steps; a layer that several steps target is pruned by the first.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; the message names the layer.
+    """
+    steps = [step for step in recipe.steps if isinstance(step, Prune)]
+    pruned: dict[nn.Module, Pruned] = {}
+    skips: list[Skip] = []
+    if not steps:
+        return pruned, skips
+    head = output_embeddings(model)
+    for module, names in module_names(model, converted).items():
+        for step in steps if has_own_weight(module) else ():
+            if not any_matches(step.targets, names, module):
+                continue
+            reason = ignored(step, names, module, head) or why_not(module, None)
+            if reason is not None:
+                skips.append(Skip(tuple(names), module, f"not pruned: {reason}"))
+                continue
+            try:
+                mask = magnitude_mask(linear_weight(module), step.pattern, step.sparsity)
+            except ValueError as error:
+                raise ValueError(f"compress: {names[0] or '(root)'}: {error}") from error
+            pruned[module] = Pruned(tuple(names), step, mask)
+            break
+    return pruned, [skip for skip in skips if skip.module not in pruned]
