@@ -20,9 +20,6 @@ def is_masked_by_torch(module: nn.Module) -> bool:
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
-    weight: torch.Tensor
-    if is_masked_by_torch(module):
-        weight = module.weight_orig * module.weight_mask  # type: ignore[operator, assignment]
-    else:
-        weight = module.weight  # type: ignore[assignment]
+    masked = is_masked_by_torch(module)
+    weight: torch.Tensor = module.weight_orig * module.weight_mask if masked else module.weight  # type: ignore[operator,assignment]
     return weight.t() if is_conv1d(module) else weight
