@@ -5,6 +5,7 @@
 
 #include "epilogue.h"
 #include "sparse_decode.h"
+#include "sparse_gather_avx2.h"
 #include "sparse_linear.h"
 #include "sparse_multiply_avx2.h"
 #include "sparse_tile.h"
@@ -20,22 +21,22 @@ struct Dot : Bytes256 {
 };
 
 constexpr SparseKernels kBytes = {{tile_one_any<Dot>, tile_eight<Dot, 4, 3>},
-                                  {decode_one_any<Dot>, decode_eight_any<Dot>}};
+                                  {decode_gather_any<Dot>, decode_eight_any<Dot>}};
 
 }  // namespace
 
-const SparseLinearPath kSparseLinearAvxVnni = {
-    Bytes256::kLanes,
-    8,
-    0x80,
-    quantize_row_avx2,
-    row_to_float<Vec>,
-    transpose_units,
-    kBytes,
-    kBytes,
-    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>}, {decode_one_any<Floats256>, decode_eight_any<Floats256>}},
-    epilogue_for<Vec>,
-    float_epilogue_for<Vec>};
+const SparseLinearPath kSparseLinearAvxVnni = {Bytes256::kLanes,
+                                               8,
+                                               0x80,
+                                               quantize_row_avx2,
+                                               row_to_float<Vec>,
+                                               transpose_units,
+                                               kBytes,
+                                               kBytes,
+                                               {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>},
+                                                {decode_gather_any<Floats256>, decode_eight_any<Floats256>}},
+                                               epilogue_for<Vec>,
+                                               float_epilogue_for<Vec>};
 
 }  // namespace tcompress::cpu
 
