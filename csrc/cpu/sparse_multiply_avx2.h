@@ -4,34 +4,37 @@
 
 #include <immintrin.h>
 
-#include <array>
 #include <cstdint>
 
 namespace tcompress::cpu {
 namespace {
 
 // For each set of eight lanes, which of the next units goes to each lane, -1 where none does.
-constexpr std::array<std::array<int32_t, 8>, 256> spread_table() {
-  std::array<std::array<int32_t, 8>, 256> table{};
+struct SpreadTable {
+  int32_t lanes[256][8];
+};
+
+constexpr SpreadTable spread_table() {
+  SpreadTable table{};
   for (int bits = 0; bits < 256; ++bits) {
     int32_t next = 0;
     for (int lane = 0; lane < 8; ++lane) {
       const bool set = (bits >> lane & 1) != 0;
-      table[static_cast<size_t>(bits)][static_cast<size_t>(lane)] = set ? next : -1;
+      table.lanes[bits][lane] = set ? next : -1;
       next += set;
     }
   }
   return table;
 }
 
-alignas(32) constexpr std::array<std::array<int32_t, 8>, 256> kSpread = spread_table();
+alignas(32) constexpr SpreadTable kSpread = spread_table();
 
 inline __m256i load_256(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 inline __m256i broadcast_256(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int32_t>(*p)); }
 
 inline __m256i spread_256(const uint32_t* p, uint32_t bits) {
-  const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread[bits].data()));
+  const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread.lanes[bits]));
   return _mm256_andnot_si256(_mm256_srai_epi32(index, 31), _mm256_permutevar8x32_epi32(load_256(p), index));
 }
 
