@@ -40,6 +40,7 @@ inline __m256i spread_256(const uint32_t* p, uint32_t bits) {
 
 // What all multipliers of bytes share.
 struct Bytes256 {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 8;
   using Sum = __m256i;
   using A = __m256i;
@@ -62,6 +63,7 @@ struct Bytes256 {
 };
 
 struct Floats256 {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 8;
   using Sum = __m256;
   using A = __m256;
