@@ -31,9 +31,11 @@ Tensor sparse_prepack(const Tensor& weight_in, const std::string& layout_name) {
   return packed;
 }
 
+constexpr int64_t kMaxSide = 1LL << 31;  // no size in bytes leaves 64 bits
+
 // The layout of a packed weight, whose number of blocks is in it.
 cpu::SparseLayout checked_layout(const Tensor& packed, int64_t n, int64_t k, bool floats, int64_t block_rows) {
-  require(n >= 0 && k >= 0, "sparse_linear: N, K: expected at least 0");
+  require(n >= 0 && k >= 0 && n < kMaxSide && k < kMaxSide, "sparse_linear: N, K: expected 0 to 2^31 - 1");
   require(floats || k <= cpu::kMaxK, "sparse_linear: K: expected at most 65536");
   const cpu::SparseLayout empty(n, k, floats, block_rows, 0);
   const char* hint = "sparse_linear: kernel_weight: expected the result of sparse_prepack(weight, layout)";

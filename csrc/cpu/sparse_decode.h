@@ -1,4 +1,5 @@
-// The way for few tokens of sparse_linear.h, as templates over the multiplier of a path (sparse_tile.h).
+// The way for few tokens of sparse_linear.h, as templates over the multiplier of a path (sparse_tile.h). Chains are cut
+// as there; with block rows of 1 they are short, because each lane and each of two registers is one.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +60,10 @@ void decode_eight(const SparseDecodeArgs& args) {
   static_assert(D::kLanes == kMaxBlockRows);
   for (int row = 0; row < args.rows; ++row) {
     uint32_t at = args.offsets[row];
-    typename D::Sum sum[kTokens][2];
+    typename D::Sum sum[kTokens][2], total[kTokens];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = D::zero();
+    for (int t = 0; t < kTokens; ++t) sum[t][0] = sum[t][1] = total[t] = D::zero();
+    uint32_t chain_end = at + 2 * kMinChain;
     for (int64_t word = 0; word < args.words; ++word) {
       const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
       uint64_t bits = kept_bits(args.bitmap[row * args.words + word], allowed, at, args.blocks);
@@ -81,10 +83,18 @@ void decode_eight(const SparseDecodeArgs& args) {
         step(0);
         if (bits != 0) step(1);
       }
+      if (!D::kRounds || at < chain_end) continue;
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        total[t] = D::add(total[t], D::add(sum[t][0], sum[t][1]));
+        sum[t][0] = sum[t][1] = D::zero();
+      }
+      chain_end = at + 2 * kMinChain;
     }
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
-      D::store_sum(args.acc + t * args.acc_stride + row * kMaxBlockRows, D::add(sum[t][0], sum[t][1]));
+      D::store_sum(args.acc + t * args.acc_stride + row * kMaxBlockRows,
+                   D::add(total[t], D::add(sum[t][0], sum[t][1])));
   }
 }
 

@@ -22,6 +22,7 @@ inline __m512i spread_512(const uint32_t* p, uint32_t bits) {
 }
 
 struct Bytes512 {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 16;
   using Sum = __m512i;
   using A = __m512i;
@@ -39,6 +40,7 @@ struct Bytes512 {
 };
 
 struct Floats512 {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 16;
   using Sum = __m512;
   using A = __m512;

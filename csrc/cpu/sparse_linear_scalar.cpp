@@ -41,6 +41,7 @@ struct Lanes {
 
 // Activations -127 … 127 or 0 … 127: both are signed bytes.
 struct Bytes : Lanes<int32_t> {
+  static constexpr bool kRounds = false;
   static int32_t byte(uint32_t unit, int i) { return static_cast<int8_t>(unit >> (8 * i)); }
   static Sum multiply_add(Sum s, A a, uint32_t w) {
     for (int t = 0; t < kLanes; ++t)
@@ -50,6 +51,7 @@ struct Bytes : Lanes<int32_t> {
 };
 
 struct Floats : Lanes<float> {
+  static constexpr bool kRounds = true;
   static Sum multiply_add(Sum s, A a, uint32_t w) {
     for (int t = 0; t < kLanes; ++t) s.v[t] += float_from_bits(a.v[t]) * float_from_bits(w);
     return s;

@@ -15,6 +15,7 @@ inline __m256i broadcast_256(const uint32_t* p) { return _mm256_set1_epi32(stati
 
 // What all multipliers of bytes share.
 struct Bytes256 {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 8;
   using Sum = __m256i;
   using A = __m256i;
@@ -38,6 +39,7 @@ struct Bytes256 {
 };
 
 struct Floats256 {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 8;
   using Sum = __m256;
   using A = __m256;

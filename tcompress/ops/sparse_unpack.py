@@ -20,6 +20,9 @@ def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtyp
         dtype: its type, torch.float32 or torch.int8.
         layout: as it was packed.
 
+    Returns:
+        [N, K].
+
     Raises:
         TypeError: a wrong dtype. ValueError: an unknown layout, or a size that no such weight gives.
     """

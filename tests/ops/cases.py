@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention_samples
+import sparse_cases
 import torch
 
 from tcompress import _C
@@ -414,4 +415,5 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int8_multi_linear": tuple(_multi_samples(8)),
     "int4_multi_linear": tuple(_multi_samples(4)),
     **attention_samples.SAMPLES,
+    **sparse_cases.SAMPLES,
 }
