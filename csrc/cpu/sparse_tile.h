@@ -74,15 +74,10 @@ inline int list_positions(const SparseTileArgs& args, int row, int stride, uint3
   return count;
 }
 
-// kOutputs of a block row's eight, kVectors of the tile's.
+// Adds some blocks to sums in registers: kOutputs of a block row's eight, kVectors of the tile's.
 template <class D, int kOutputs, int kVectors>
-void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const uint32_t* values, uint32_t* acc,
-                 int64_t tokens) {
-  typename D::Sum sum[kOutputs][kVectors];
-#pragma GCC unroll 8
-  for (int j = 0; j < kOutputs; ++j)
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) sum[j][v] = D::load_sum(acc + j * tokens + v * D::kLanes);
+[[gnu::always_inline]] inline void add_blocks(const uint32_t* a, const uint32_t* positions, int count,
+                                              const uint32_t* values, typename D::Sum (&sum)[kOutputs][kVectors]) {
   for (int i = 0; i < count; ++i, values += kMaxBlockRows) {
     const uint32_t* unit = a + positions[i];
     typename D::A activations[kVectors];
@@ -95,10 +90,27 @@ void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const 
       for (int v = 0; v < kVectors; ++v) sum[j][v] = D::multiply_add(sum[j][v], activations[v], w);
     }
   }
+}
+
+template <class D, int kOutputs, int kVectors>
+void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const uint32_t* values, uint32_t* acc,
+                 int64_t tokens) {
+  typename D::Sum sum[kOutputs][kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kOutputs; ++j)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = D::load_sum(acc + j * tokens + v * D::kLanes);
+  add_blocks<D, kOutputs, kVectors>(a, positions, count, values, sum);
 #pragma GCC unroll 8
   for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) D::store_sum(acc + j * tokens + v * D::kLanes, sum[j][v]);
+}
+
+// Vectors of the next piece where `left` are left: 2 + 2 rather than 3 + 1.
+inline int piece_width(int left, int most) {
+  const int pieces = (left + most - 1) / most;
+  return (left + pieces - 1) / pieces;
 }
 
 // kOutputs * kPiece sums fill the registers.
@@ -113,8 +125,7 @@ void tile_eight(const SparseTileArgs& args) {
     if (count == 0) continue;
     uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
     for (int v = 0; v < args.vectors;) {
-      const int left = args.vectors - v, pieces = (left + kPiece - 1) / kPiece;
-      const int width = (left + pieces - 1) / pieces;  // 2 + 2 rather than 3 + 1
+      const int width = piece_width(args.vectors - v, kPiece);
       for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
         const auto piece = width == 1   ? piece_eight<D, kOutputs, 1>
                            : width == 2 ? piece_eight<D, kOutputs, (kPiece < 2 ? kPiece : 2)>
