@@ -1,23 +1,10 @@
 // The int4 ops: check tensors > raw view > call (bindings.cpp has the rest).
 
+#include "binding_int4.h"
 #include "binding_linear.h"
 #include "cpu/int4_linear.h"
 
 namespace {
-
-DType int4_scale_dtype(ScalarType type) {
-  require(type == ScalarType::Half || type == ScalarType::Float,
-          "int4_linear: weight_scale: expected float16 or float32");
-  return type == ScalarType::Half ? DType::kFloat16 : DType::kFloat32;
-}
-
-void check_int4_sizes(int64_t n, int64_t k, int64_t group_size) {
-  require(n >= 0 && k >= 0, "int4_linear: N, K: expected at least 0");
-  require(k <= cpu::kMaxInt4K, "int4_linear: K: expected at most 65536");
-  const bool power = group_size >= 32 && group_size <= 512 && (group_size & (group_size - 1)) == 0;
-  require(group_size > 0 && (power || group_size >= k),
-          "int4_linear: group_size: expected 32, 64, 128, 256, 512 or at least K");
-}
 
 // Checks the parts of an int4 weight; returns its kernel layout.
 cpu::Int4KernelLayout int4_layout(const std::optional<Tensor>& weight, const Tensor& scale,
@@ -25,7 +12,7 @@ cpu::Int4KernelLayout int4_layout(const std::optional<Tensor>& weight, const Ten
   require(scale.dim() == 2, "int4_linear: weight_scale: expected [N, ceil(K/group_size)]");
   const int64_t n = scale.size(0);
   check_int4_sizes(n, k, group_size);
-  const int64_t groups = k / group_size + (k % group_size != 0);
+  const int64_t groups = int4_groups(k, group_size);
   require(scale.size(1) == groups, "int4_linear: weight_scale: expected [N, ceil(K/group_size)]");
   require(!weight.has_value() || (weight->dim() == 2 && weight->scalar_type() == ScalarType::Byte &&
                                   weight->size(0) == n && weight->size(1) == (k + 1) / 2),

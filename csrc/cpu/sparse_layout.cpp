@@ -25,13 +25,6 @@ uint32_t unit_at(const SparseWeightView& w, int64_t n, int64_t u) {
   return unit;
 }
 
-// Whether block u of a block row is kept; its units go to `block`.
-bool read_block(const SparseWeightView& w, int64_t row, int64_t u, uint32_t* block) {
-  uint32_t any = 0;
-  for (int64_t j = 0; j < w.block_rows; ++j) any |= block[j] = unit_at(w, row * w.block_rows + j, u);
-  return any != 0;
-}
-
 // Sums over the first 0, 1, 2 … blocks of a word of the positive and of the negative weights that meet in a 16-bit
 // lane.
 struct LaneSums {
@@ -115,6 +108,12 @@ SparseLayout::SparseLayout(int64_t n_, int64_t k, bool floats, int64_t block_row
   runs = column_sums + (floats ? 0 : round_up(n, kPanel) * static_cast<int64_t>(sizeof(int32_t)));
   values = round_up(runs + (floats ? 0 : rows * words), kCacheLine);
   bytes = values + blocks * block_rows * kUnitBytes + kSparsePad;
+}
+
+bool read_block(const SparseWeightView& w, int64_t row, int64_t u, uint32_t* block) {
+  uint32_t any = 0;
+  for (int64_t j = 0; j < w.block_rows; ++j) any |= block[j] = unit_at(w, row * w.block_rows + j, u);
+  return any != 0;
 }
 
 int64_t count_blocks(const SparseWeightView& weight, int64_t* counts, int num_threads) {

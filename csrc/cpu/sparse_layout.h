@@ -44,6 +44,9 @@ struct SparseWeightView {
   int64_t block_rows;
 };
 
+// Whether block u of a block row is kept; its units go to `block`, zeros where they are outside of the weight.
+bool read_block(const SparseWeightView& w, int64_t row, int64_t u, uint32_t* block);
+
 // Kept blocks of each block row [R]; returns their sum.
 int64_t count_blocks(const SparseWeightView& weight, int64_t* counts, int num_threads);
 

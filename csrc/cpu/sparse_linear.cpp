@@ -5,16 +5,15 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <vector>
 
 #include "path.h"
+#include "sparse_split.h"
 #include "threads.h"
 
 namespace tcompress::cpu {
 namespace {
 
 constexpr int64_t kDecodeTokens = 8;  // up to so many tokens take the way for few
-constexpr int64_t kUnitOverhead = 2;  // a block row's word costs about as much as so many kept units
 constexpr float kNotFinite = __builtin_nanf("");
 
 // Words whose activations fit the first-level cache beside a group's sums.
@@ -22,25 +21,6 @@ int64_t words_in_l1(int64_t tokens) {
   static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
   const int64_t words = (l1 - kGroup * tokens * kUnitBytes) / (kWordUnits * tokens * kUnitBytes);
   return words > 1 ? words : 1;
-}
-
-const SparseLinearPath& path_table(Path path) {
-  switch (path) {
-#if defined(__x86_64__)
-    case Path::kAvx2:
-      return kSparseLinearAvx2;
-    case Path::kAvxVnni:
-      return kSparseLinearAvxVnni;
-    case Path::kAvx512Vnni:
-    case Path::kAmx:
-      return kSparseLinearAvx512Vnni;
-#elif defined(__aarch64__)
-    case Path::kNeon:
-      return kSparseLinearNeon;
-#endif
-    default:
-      return kSparseLinearScalar;
-  }
 }
 
 struct Workspace {
@@ -79,17 +59,6 @@ struct Cell {
   int64_t m0, m1, group0, group1;
 };
 
-// A group of outputs: block rows [row, row + rows), outputs [n0, n0 + n).
-struct Group {
-  int64_t row, rows, n0, n;
-
-  Group(const SparseLayout& layout, int64_t index)
-      : row(index * kGroup / layout.block_rows),
-        rows(smaller(kGroup / layout.block_rows, layout.rows - row)),
-        n0(index * kGroup),
-        n(smaller(kGroup, layout.n - n0)) {}
-};
-
 bool all_finite(const float* x, int64_t n) {
   uint32_t largest = 0;  // exponent: integers, which a compiler reduces in vectors
   for (int64_t i = 0; i < n; ++i) {
@@ -124,7 +93,7 @@ void prepare_rows(const Plan& plan, const Workspace& work, int64_t m0, int64_t r
 }
 
 // From sums [tokens][kGroup] to the output.
-void finish(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows) {
+void finish(const Plan& plan, const Workspace& work, const SparseGroup& group, int64_t m0, int64_t rows) {
   const SparseLinearArgs& args = plan.args;
   const int64_t offset = (m0 * args.n + group.n0) * plan.y_element_bytes;
   const float* bias = args.bias == nullptr ? nullptr : args.bias + group.n0;
@@ -141,7 +110,7 @@ void finish(const Plan& plan, const Workspace& work, const Group& group, int64_t
                  column_sums, args.weight_scale + group.n0, bias, args.n, nullptr, residual, y});
 }
 
-void run_few(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows) {
+void run_few(const Plan& plan, const Workspace& work, const SparseGroup& group, int64_t m0, int64_t rows) {
   const int64_t words = plan.layout.words;
   for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
     plan.kernels.decode[plan.kind](
@@ -151,7 +120,8 @@ void run_few(const Plan& plan, const Workspace& work, const Group& group, int64_
   finish(plan, work, group, m0, rows);
 }
 
-void run_tile(const Plan& plan, const Workspace& work, const Group& group, int64_t m0, int64_t rows, int vectors) {
+void run_tile(const Plan& plan, const Workspace& work, const SparseGroup& group, int64_t m0, int64_t rows,
+              int vectors) {
   const SparseLayout& layout = plan.layout;
   const int64_t tokens = vectors * plan.path.lanes;
   const uint8_t* runs = plan.args.kernel_weight + layout.runs;
@@ -175,7 +145,8 @@ void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
     const int64_t rows = smaller(cell.m1 - m0, plan.tile_tokens);
     prepare_rows(plan, work, m0, rows);
     if (plan.few) {
-      for (int64_t g = cell.group0; g < cell.group1; ++g) run_few(plan, work, Group(plan.layout, g), m0, rows);
+      for (int64_t g = cell.group0; g < cell.group1; ++g)
+        run_few(plan, work, SparseGroup(plan.layout.n, plan.layout.block_rows, g), m0, rows);
       continue;
     }
     const int64_t tokens = round_up(rows, lanes);
@@ -183,33 +154,35 @@ void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
       std::memset(work.rows + r * plan.row_stride, 0, static_cast<size_t>(plan.row_stride) * kUnitBytes);
     plan.path.transpose(work.rows, plan.row_stride, tokens, round_up(plan.layout.units, 8), work.units, tokens);
     for (int64_t g = cell.group0; g < cell.group1; ++g)
-      run_tile(plan, work, Group(plan.layout, g), m0, rows, static_cast<int>(tokens / lanes));
+      run_tile(plan, work, SparseGroup(plan.layout.n, plan.layout.block_rows, g), m0, rows,
+               static_cast<int>(tokens / lanes));
   }
-}
-
-// Cuts the groups into `parts` of about the same work; returns the first group of each, and the end.
-std::vector<int64_t> balanced_groups(const Plan& plan, int parts) {
-  const SparseLayout& layout = plan.layout;
-  const int64_t n_groups = ceil_div(layout.n, kGroup);
-  const auto work_before = [&](int64_t group) {
-    const int64_t row = smaller(group * kGroup / layout.block_rows, layout.rows);
-    return plan.offsets()[row] + kUnitOverhead * row * layout.words;
-  };
-  std::vector<int64_t> first(static_cast<size_t>(parts) + 1, n_groups);
-  first[0] = 0;
-  int64_t group = 0;
-  for (int p = 1; p < parts; ++p) {
-    while (group < n_groups && work_before(group) * parts < work_before(n_groups) * p) ++group;
-    first[static_cast<size_t>(p)] = group;
-  }
-  return first;
 }
 
 }  // namespace
 
+const SparseLinearPath& sparse_linear_path(Path path) {
+  switch (path) {
+#if defined(__x86_64__)
+    case Path::kAvx2:
+      return kSparseLinearAvx2;
+    case Path::kAvxVnni:
+      return kSparseLinearAvxVnni;
+    case Path::kAvx512Vnni:
+    case Path::kAmx:
+      return kSparseLinearAvx512Vnni;
+#elif defined(__aarch64__)
+    case Path::kNeon:
+      return kSparseLinearNeon;
+#endif
+    default:
+      return kSparseLinearScalar;
+  }
+}
+
 void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   if (args.m == 0 || args.n == 0) return;
-  const SparseLinearPath& path = path_table(current_path());
+  const SparseLinearPath& path = sparse_linear_path(current_path());
   const SparseLayout layout(args.n, args.k, args.floats, args.block_rows, args.blocks);
   const SparseKernels& kernels =
       args.floats ? path.floats : (args.act_symmetric ? path.signed_int8 : path.unsigned_int8);
@@ -220,23 +193,11 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   const int64_t unit_macs = args.floats ? 1 : kQuad;
   const int64_t macs = args.m * (args.blocks * args.block_rows * unit_macs + args.n);
   const int threads = useful_threads(macs, kMinMacsPerThread, num_threads);
-  // Threads that share the tokens each turn their own; threads that share the outputs each turn all of them.
-  int by_tokens = 1;
-  double best_cost = 0;
-  for (int r = 1; r <= threads; ++r) {
-    const double rows = static_cast<double>(round_up(ceil_div(args.m, r), few ? 1 : lanes));
-    // What is done once for every unit of a block row of 1 weighs as much as half of a tile.
-    const double fixed = few || kind == 1 ? 0 : static_cast<double>(path.tile_vectors * lanes) / 2;
-    const double cost = (rows + fixed) * static_cast<double>(layout.n) / (threads / r) + 16 * rows;
-    if (r == 1 || cost < best_cost) {
-      best_cost = cost;
-      by_tokens = r;
-    }
-  }
-  const int by_outputs = threads / by_tokens;
-  const int64_t cell_rows = round_up(ceil_div(args.m, by_tokens), few ? 1 : lanes);
-  const int64_t most = few ? kDecodeTokens : path.tile_vectors * lanes;
-  const int64_t tile_tokens = round_up(ceil_div(cell_rows, ceil_div(cell_rows, most)), few ? 1 : lanes);
+  // What is done once for every unit of a block row of 1 weighs as much as half of a tile.
+  const double fixed = few || kind == 1 ? 0 : static_cast<double>(path.tile_vectors * lanes) / 2;
+  const TokenSplit split =
+      split_tokens(args.m, args.n, threads, few ? 1 : lanes, few ? kDecodeTokens : path.tile_vectors * lanes, fixed);
+  const int64_t tile_tokens = split.tile_tokens;
 
   const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
   const Plan plan{args,
@@ -252,7 +213,8 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
                   element_bytes(args.y_dtype),
                   args.floats ? nullptr : path.epilogue(args.activation, args.y_dtype),
                   args.floats ? path.float_epilogue(args.activation, args.y_dtype) : nullptr};
-  const std::vector<int64_t> groups = balanced_groups(plan, by_outputs);
+  const std::vector<int64_t> groups =
+      balanced_groups(args.n, args.block_rows, layout.words, plan.offsets(), split.by_outputs);
 
   int64_t size = 0;
   const auto reserve = [&size](int64_t words) {
@@ -264,8 +226,8 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   const int64_t at_units = few ? 0 : reserve(round_up(layout.units, 8) * tile_tokens);
   const int64_t at_turned = reserve(tile_tokens * kGroup), at_scale = reserve(tile_tokens);
   const int64_t at_zero = reserve(tile_tokens), at_cursor = reserve(kGroup);
-  uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * by_tokens * by_outputs));
-  parallel_tasks(by_tokens * by_outputs, [&](int t) {
+  uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * split.by_tokens * split.by_outputs));
+  parallel_tasks(split.by_tokens * split.by_outputs, [&](int t) {
     uint32_t* own = memory + t * size;
     const Workspace work{own + at_rows,
                          own + at_units,
@@ -274,9 +236,9 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
                          reinterpret_cast<float*>(own + at_scale),
                          reinterpret_cast<int32_t*>(own + at_zero),
                          own + at_cursor};
-    const size_t part = static_cast<size_t>(t % by_outputs);
-    const int64_t m0 = t / by_outputs * cell_rows;
-    run_cell(plan, work, {m0, smaller(m0 + cell_rows, args.m), groups[part], groups[part + 1]});
+    const size_t part = static_cast<size_t>(t % split.by_outputs);
+    const int64_t m0 = t / split.by_outputs * split.cell_rows;
+    run_cell(plan, work, {m0, smaller(m0 + split.cell_rows, args.m), groups[part], groups[part + 1]});
   });
 }
 

@@ -17,6 +17,7 @@
 #include "activation_kind.h"
 #include "dtype.h"
 #include "int4_linear.h"
+#include "int4_sparse_linear.h"
 #include "int8_linear.h"
 #include "path_kind.h"
 #include "sparse_layout.h"
@@ -101,11 +102,14 @@ struct SparseLinearPath {
   void (*transpose)(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
                     int64_t out_stride);
   SparseKernels signed_int8, unsigned_int8, floats;
+  Int4SparseKernels int4;
   void (*(*epilogue)(Activation, DType))(const EpilogueArgs&);
   void (*(*float_epilogue)(Activation, DType))(const FloatEpilogueArgs&);
 };
 
 extern const SparseLinearPath kSparseLinearScalar, kSparseLinearAvx2, kSparseLinearAvxVnni, kSparseLinearAvx512Vnni,
     kSparseLinearNeon;
+
+const SparseLinearPath& sparse_linear_path(Path path);
 
 }  // namespace tcompress::cpu

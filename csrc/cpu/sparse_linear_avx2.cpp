@@ -4,6 +4,9 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #include "epilogue.h"
+#include "int4_sparse_decode_avx2.h"
+#include "int4_sparse_tile.h"
+#include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
 #include "sparse_gather_avx2.h"
 #include "sparse_linear.h"
@@ -30,6 +33,20 @@ struct Signed : Bytes256 {
   }
 };
 
+// Four blocks' pairs fit 16 bits: 4 * 2 * 15 * 127 = 15240.
+template <int kTokens>
+struct Int4Pairs {
+  static constexpr int kChains = 1;
+  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
+                       const uint32_t* positions) {
+    __m256i pairs = _mm256_maddubs_epi16(w[0], broadcast_256(a + positions[0]));
+#pragma GCC unroll 3
+    for (int b = 1; b < kFour; ++b)
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[b], broadcast_256(a + positions[b])));
+    sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+
 }  // namespace
 
 const SparseLinearPath kSparseLinearAvx2 = {
@@ -43,6 +60,7 @@ const SparseLinearPath kSparseLinearAvx2 = {
     {{tile16_one_any, tile16_eight}, {decode_gather_any<Unsigned>, decode_eight_any<Unsigned>}},
     {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>},
      {decode_gather_any<Floats256>, decode_eight_any<Floats256>}},
+    {0x80, int4_unpack<UnsignedUnpacker<true>>, int4_tile<Pairs16, 4, 2>, int4_decode_any<Int4Pairs>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};
 

@@ -5,6 +5,9 @@
 #include <immintrin.h>
 
 #include "epilogue.h"
+#include "int4_sparse_decode_avx2.h"
+#include "int4_sparse_tile.h"
+#include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
 #include "sparse_linear.h"
 #include "sparse_multiply_avx2.h"
@@ -32,6 +35,11 @@ struct Bytes512 {
   static void store_sum(uint32_t* p, Sum s) { _mm512_storeu_si512(p, s); }
   static A load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static __m512i broadcast(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int32_t>(*p)); }
+  static Sum start(const uint32_t* p) { return broadcast(p); }
+  static __m512 load_scale(const float* p) { return _mm512_set1_ps(*p); }
+  static void add_scaled(float* acc, Sum s, __m512 scale) {
+    _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), scale, _mm512_loadu_ps(acc)));
+  }
   static __m512i spread(const uint32_t* p, uint32_t bits) { return spread_512(p, bits); }
   static Sum multiply_add(Sum s, A a, __m512i w) { return _mm512_dpbusd_epi32(s, a, w); }
   static void store_total(uint32_t* p, Sum a, Sum b) {
@@ -64,6 +72,17 @@ struct Dot256 : Bytes256 {
   static Sum multiply_add(Sum s, A a, __m256i w) { return _mm256_dpbusd_epi32(s, a, w); }
 };
 
+template <int kTokens>
+struct Int4Dot {
+  static constexpr int kChains = dot_chains(kTokens);
+  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
+                       const uint32_t* positions) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kFour; ++b)
+      sum[b % kChains] = _mm256_dpbusd_epi32(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
+  }
+};
+
 constexpr SparseKernels kBytes = {{tile_one_any<Bytes512>, tile_eight<Bytes512, 8, 3>},
                                   {decode_one_any<Bytes512>, decode_eight_any<Dot256>}};
 
@@ -79,6 +98,7 @@ const SparseLinearPath kSparseLinearAvx512Vnni = {
     kBytes,
     kBytes,
     {{tile_one_any<Floats512>, tile_eight<Floats512, 8, 3>}, {decode_one_any<Floats512>, decode_eight_any<Floats256>}},
+    {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Bytes512, 8, 3>, int4_decode_any<Int4Dot>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};
 

@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include "epilogue.h"
+#include "int4_sparse_tile.h"
 #include "sparse_linear.h"
 #include "sparse_tile.h"
 #include "to_float.h"
@@ -26,6 +27,11 @@ struct Bytes {
   static A load(const uint32_t* p) { return vreinterpretq_s8_u32(vld1q_u32(p)); }
   static int8x16_t broadcast(const uint32_t* p) { return vreinterpretq_s8_u32(vld1q_dup_u32(p)); }
   static Sum multiply_add(Sum s, A a, int8x16_t w) { return vdotq_s32(s, a, w); }
+  static Sum start(const uint32_t*) { return zero(); }
+  static float load_scale(const float* p) { return *p; }
+  static void add_scaled(float* acc, Sum s, float scale) {
+    vst1q_f32(acc, vfmaq_n_f32(vld1q_f32(acc), vcvtq_f32_s32(s), scale));
+  }
 };
 
 struct Floats {
@@ -55,6 +61,7 @@ const SparseLinearPath kSparseLinearNeon = {Bytes::kLanes,
                                             kBytes,
                                             kBytes,
                                             {{tile_one_any<Floats>, tile_eight<Floats, 8, 3>}, {nullptr, nullptr}},
+                                            {0, int4_unpack<SignedUnpacker>, int4_tile<Bytes, 8, 3>, nullptr},
                                             epilogue_for<Vec>,
                                             float_epilogue_for<Vec>};
 

@@ -1,6 +1,7 @@
 // Portable path: four tokens in an array, which a compiler vectorizes with whatever the baseline has.
 
 #include "epilogue.h"
+#include "int4_sparse_tile.h"
 #include "sparse_linear.h"
 #include "sparse_tile.h"
 #include "to_float.h"
@@ -42,6 +43,11 @@ struct Lanes {
 // Activations -127 … 127 or 0 … 127: both are signed bytes.
 struct Bytes : Lanes<int32_t> {
   static constexpr bool kRounds = false;
+  static Sum start(const uint32_t*) { return zero(); }
+  static float load_scale(const float* p) { return *p; }
+  static void add_scaled(float* acc, const Sum& s, float scale) {
+    for (int t = 0; t < kLanes; ++t) acc[t] += static_cast<float>(s.v[t]) * scale;
+  }
   static int32_t byte(uint32_t unit, int i) { return static_cast<int8_t>(unit >> (8 * i)); }
   static Sum multiply_add(Sum s, A a, uint32_t w) {
     for (int t = 0; t < kLanes; ++t)
@@ -71,6 +77,7 @@ const SparseLinearPath kSparseLinearScalar = {Bytes::kLanes,
                                               kBytes,
                                               kBytes,
                                               {{tile_one_any<Floats>, tile_eight<Floats, 4, 2>}, {nullptr, nullptr}},
+                                              {0, int4_unpack<SignedUnpacker>, int4_tile<Bytes, 4, 2>, nullptr},
                                               epilogue_for<Vec>,
                                               float_epilogue_for<Vec>};
 

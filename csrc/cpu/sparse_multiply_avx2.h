@@ -25,6 +25,11 @@ struct Bytes256 {
   static Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
   static A load(const uint32_t* p) { return load_256(p); }
   static __m256i broadcast(const uint32_t* p) { return broadcast_256(p); }
+  static Sum start(const uint32_t* p) { return broadcast_256(p); }
+  static __m256 load_scale(const float* p) { return _mm256_set1_ps(*p); }
+  static void add_scaled(float* acc, Sum s, __m256 scale) {
+    _mm256_storeu_ps(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), scale, _mm256_loadu_ps(acc)));
+  }
   static A broadcast_activation(const uint32_t* p) { return broadcast_256(p); }
   static __m256i load_weights(const uint32_t* p) { return load_256(p); }
   static A from_units(__m256i units) { return units; }

@@ -91,30 +91,36 @@ inline int list_positions(const SparseTileArgs& args, int row, int stride, uint3
   return count;
 }
 
-// kOutputs of a block row's eight, kVectors of the tile's.
+// Adds some blocks to sums in registers: kOutputs of a block row's eight, kVectors of the tile's.
+template <class D, int kOutputs, int kVectors>
+[[gnu::always_inline]] inline void add_blocks(const uint32_t* a, const uint32_t* positions, int count,
+                                              const uint32_t* values, typename D::Sum (&sum)[kOutputs][kVectors]) {
+  for (int i = 0; i < count; ++i, values += kMaxBlockRows) {
+    const uint32_t* unit = a + positions[i];
+    typename D::A activations[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) activations[v] = D::load(unit + v * D::kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputs; ++j) {
+      const auto w = D::broadcast(values + j);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = D::multiply_add(sum[j][v], activations[v], w);
+    }
+  }
+}
+
 template <class D, int kOutputs, int kVectors>
 void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const uint32_t* values, uint32_t* acc,
                  int64_t tokens) {
   constexpr int kChain = D::kRounds ? kMinChain * 2 : kMaxBlockWords * kWordUnits;
   for (int first = 0; first < count; first += kChain) {
-    const int last = first + kChain < count ? first + kChain : count;
+    const int blocks = count - first < kChain ? count - first : kChain;
     typename D::Sum sum[kOutputs][kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sum[j][v] = D::zero();
-    for (int i = first; i < last; ++i, values += kMaxBlockRows) {
-      const uint32_t* unit = a + positions[i];
-      typename D::A activations[kVectors];
-#pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) activations[v] = D::load(unit + v * D::kLanes);
-#pragma GCC unroll 8
-      for (int j = 0; j < kOutputs; ++j) {
-        const auto w = D::broadcast(values + j);
-#pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) sum[j][v] = D::multiply_add(sum[j][v], activations[v], w);
-      }
-    }
+    add_blocks<D, kOutputs, kVectors>(a, positions + first, blocks, values + first * kMaxBlockRows, sum);
 #pragma GCC unroll 8
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 3
@@ -123,6 +129,12 @@ void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const 
         D::store_sum(total, D::add(D::load_sum(total), sum[j][v]));
       }
   }
+}
+
+// Vectors of the next piece where `left` are left: 2 + 2 rather than 3 + 1.
+inline int piece_width(int left, int most) {
+  const int pieces = (left + most - 1) / most;
+  return (left + pieces - 1) / pieces;
 }
 
 // kOutputs * kPiece sums fill the registers.
@@ -137,8 +149,7 @@ void tile_eight(const SparseTileArgs& args) {
     if (count == 0) continue;
     uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
     for (int v = 0; v < args.vectors;) {
-      const int left = args.vectors - v, pieces = (left + kPiece - 1) / kPiece;
-      const int width = (left + pieces - 1) / pieces;  // 2 + 2 rather than 3 + 1
+      const int width = piece_width(args.vectors - v, kPiece);
       for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
         const auto piece = width == 1   ? piece_eight<D, kOutputs, 1>
                            : width == 2 ? piece_eight<D, kOutputs, (kPiece < 2 ? kPiece : 2)>

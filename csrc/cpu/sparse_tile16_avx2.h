@@ -28,6 +28,17 @@ inline void multiply_add16(__m256i& sum, __m256i a, __m256i w) {
       : [a] "x"(a), [w] "x"(w));
 }
 
+// Sums of 16 bits, two in a lane.
+struct Pairs16 : Bytes256 {
+  [[gnu::always_inline]] static Sum multiply_add(Sum s, A a, __m256i w) {
+    multiply_add16(s, a, w);
+    return s;
+  }
+  static void add_scaled(float* acc, Sum s, __m256 scale) {
+    Bytes256::add_scaled(acc, _mm256_madd_epi16(s, _mm256_set1_epi16(1)), scale);
+  }
+};
+
 inline void widen_into(uint32_t* acc, __m256i sum) {
   const __m256i wide = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), _mm256_add_epi32(load_256(acc), wide));
@@ -95,18 +106,9 @@ void piece16_eight(const uint32_t* a, const uint32_t* positions, const uint8_t* 
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[j][v] = _mm256_setzero_si256();
-    for (int i = 0; i < lengths[r]; ++i, values += kMaxBlockRows) {
-      const uint32_t* unit = a + *positions++;
-      __m256i activations[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) activations[v] = load_256(unit + v * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kOutputs; ++j) {
-        const __m256i w = broadcast_256(values + j);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) multiply_add16(sum[j][v], activations[v], w);
-      }
-    }
+    add_blocks<Pairs16, kOutputs, kVectors>(a, positions, lengths[r], values, sum);
+    positions += lengths[r];
+    values += lengths[r] * kMaxBlockRows;
 #pragma GCC unroll 4
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 2

@@ -3,6 +3,9 @@
 from tcompress.ops.int4_linear import int4_linear
 from tcompress.ops.int4_multi_linear import int4_multi_linear
 from tcompress.ops.int4_prepack import int4_prepack
+from tcompress.ops.int4_sparse_linear import int4_sparse_linear
+from tcompress.ops.int4_sparse_prepack import int4_sparse_prepack
+from tcompress.ops.int4_sparse_unpack import int4_sparse_unpack
 from tcompress.ops.int4_unpack import int4_unpack
 from tcompress.ops.int8_linear import int8_linear
 from tcompress.ops.int8_linear_quantized import int8_linear_quantized
@@ -25,6 +28,9 @@ __all__ = [
     "int4_linear",
     "int4_multi_linear",
     "int4_prepack",
+    "int4_sparse_linear",
+    "int4_sparse_prepack",
+    "int4_sparse_unpack",
     "int4_unpack",
     "int8_attention",
     "int8_attention_varlen",

@@ -80,17 +80,28 @@ def blocks_of(weight: torch.Tensor, block_rows: int) -> torch.Tensor:
     return units.reshape(-1).view(torch.int32).view(rows, block_rows, count).transpose(1, 2)
 
 
+def pack_bitmap(kept: torch.Tensor) -> torch.Tensor:
+    """bool [R, U] to uint8 [R, W * 8], the first unit in the lowest bit."""
+    padded = F.pad(kept, (0, -kept.shape[1] % WORD))
+    return (padded.unflatten(1, (padded.shape[1] // 8, 8)).int() << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+def unpack_bitmap(bitmap: torch.Tensor, rows: int, units: int) -> torch.Tensor:
+    """The inverse: int8 [R * W * 8] to bool [R, U]."""
+    words = -(-units // WORD)
+    bits = bitmap.view(torch.uint8).view(rows, words * 8, 1) >> torch.arange(8) & 1
+    return bits.bool().view(rows, words * WORD)[:, :units]
+
+
 def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
     n, k = weight.shape
     integers = weight.dtype == torch.int8
     blocks = blocks_of(weight, LAYOUTS[weight.dtype][layout])
     kept = (blocks != 0).any(-1)
-    padded = F.pad(kept, (0, -kept.shape[1] % WORD))
-    bitmap = (padded.unflatten(1, (padded.shape[1] // 8, 8)).int() << torch.arange(8)).sum(-1).to(torch.uint8)
     offsets = F.pad(kept.sum(1), (1, 0)).cumsum(0).to(torch.int32)
     values = blocks[kept]
     where = parts(n, k, weight.dtype, layout, values.shape[0])
-    pieces = [bitmap, offsets]
+    pieces = [pack_bitmap(kept), offsets]
     if integers:
         pieces += [F.pad(weight.sum(1, dtype=torch.int32), (0, -n % PANEL)), _runs(blocks, kept)]
     head = torch.cat([piece.reshape(-1).view(torch.int8) for piece in pieces])

@@ -8,7 +8,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import QUAD
-from tcompress.ops.sparse_prepack import LAYOUTS, PAD, WORD, check_layout, parts, unit_count
+from tcompress.ops.sparse_prepack import LAYOUTS, PAD, check_layout, parts, unit_count, unpack_bitmap
 
 
 def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -47,10 +47,9 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
 
 def reference(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
     block_rows, units = LAYOUTS[dtype][layout], unit_count(k, dtype)
-    rows, words = -(-n // block_rows), -(-units // WORD)
+    rows = -(-n // block_rows)
     where = parts(n, k, dtype, layout, 0)
-    bitmap = kernel_weight[: where["offsets"]].view(torch.uint8).view(rows, words * 8, 1)
-    kept = (bitmap >> torch.arange(8) & 1).bool().view(rows, words * WORD)[:, :units]
+    kept = unpack_bitmap(kernel_weight[: where["offsets"]], rows, units)
     values = kernel_weight[where["values"] : kernel_weight.numel() - PAD].view(torch.int32).view(-1, block_rows)
     blocks = kernel_weight.new_zeros((rows, units, block_rows), dtype=torch.int32)
     blocks[kept] = values
