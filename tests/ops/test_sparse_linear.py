@@ -77,7 +77,9 @@ def check(path, m, n, k, pattern):
     for layout in LAYOUTS:
         got = run(path, x[:m], packed[layout], n, bias, layout)
         assert got.shape == (m, n)
-        oracle.assert_accurate(torch.cat([got, by_torch[m:]]), by_torch, exact, OP.tolerance, (m, n, k, pattern, layout))
+        oracle.assert_accurate(
+            torch.cat([got, by_torch[m:]]), by_torch, exact, OP.tolerance, (m, n, k, pattern, layout)
+        )
 
 
 @pytest.fixture(autouse=True)
