@@ -12,7 +12,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
 KERNELS = sorted(CPU.glob("*.cpp"))
-KERNELS_TEST = [HERE / "kernels_test.cpp", HERE / "int4_kernels.cpp", HERE / "attention_kernels.cpp"]
+KERNELS_TEST = [
+    HERE / "kernels_test.cpp",
+    HERE / "int4_kernels.cpp",
+    HERE / "attention_kernels.cpp",
+    HERE / "sparse_kernels.cpp",
+]
 FLAGS = ["-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
 
 

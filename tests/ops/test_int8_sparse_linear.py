@@ -59,6 +59,15 @@ def assert_bit_exact(path, layout, m, n, k, pattern, schemes=SCHEMES, dtype=torc
             assert oracle.same_bits(got, expected(m, n, k, pattern, scheme, out_dtype, dtype)), what
 
 
+@pytest.fixture(autouse=True)
+def torch_threads():
+    """One but where a test asks for more: what follows is small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pattern", sparse_cases.PATTERNS)
 def test_reference(layout, pattern):
@@ -206,14 +215,10 @@ def test_non_finite_row_is_nan_and_the_others_untouched(path, layout, value):
 
 
 @pytest.mark.parametrize("path", cases.CPU_PATHS)
-@pytest.mark.parametrize("pattern", ["half", "nothing", "last output", "empty rows"])
-def test_result_does_not_depend_on_the_number_of_threads(path, pattern):
-    before = torch.get_num_threads()
-    try:
-        for m, n, k in ((301, 60, 300), (1, 2500, 300), (8, 1100, 300), (40, 1100, 300)):
-            for layout in LAYOUTS:
-                for threads in (1, 2, 3, 5):
-                    torch.set_num_threads(threads)
-                    assert_bit_exact(path, layout, m, n, k, pattern)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("pattern", ["half", "last output"])
+def test_result_does_not_depend_on_the_number_of_threads(path, pattern, torch_threads):
+    for m, n, k in ((301, 60, 300), (1, 2500, 300), (40, 700, 300)):
+        for layout in LAYOUTS:
+            for threads in (1, 2, 3):
+                torch_threads(threads)
+                assert_bit_exact(path, layout, m, n, k, pattern)

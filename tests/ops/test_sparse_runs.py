@@ -50,7 +50,7 @@ def test_activations_chosen_against_each_output(pattern, limit):
     _check(weight, np.concatenate([weight.numpy() > 0, weight.numpy() < 0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), k=st.integers(1, 600), n=st.sampled_from([1, 7, 9, 49]))
 def test_any_weights(data, k, n):
     """A few levels along K, sparse in units of four and shifted from output to output."""

@@ -86,9 +86,17 @@ SIZE = PACKED.numel()
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"kernel_weight": PACKED.view(torch.uint8)}, TypeError, "kernel_weight: got torch.uint8, expected int8, from "),
+        (
+            {"kernel_weight": PACKED.view(torch.uint8)},
+            TypeError,
+            "kernel_weight: got torch.uint8, expected int8, from ",
+        ),
         ({"kernel_weight": PACKED[1:]}, ValueError, f"kernel_weight: got [{SIZE - 1}], expected [128 + 32 a block] "),
-        ({"kernel_weight": PACKED[:0]}, ValueError, "kernel_weight: got [0], expected [128 + 32 a block] for N=9, K=70"),
+        (
+            {"kernel_weight": PACKED[:0]},
+            ValueError,
+            "kernel_weight: got [0], expected [128 + 32 a block] for N=9, K=70",
+        ),
         ({"kernel_weight": PACKED[None]}, ValueError, f"kernel_weight: got [1, {SIZE}], expected [128 + "),
         ({"n": -1}, ValueError, f"kernel_weight: got [{SIZE}], expected ["),
         ({"k": -1}, ValueError, f"kernel_weight: got [{SIZE}], expected ["),
