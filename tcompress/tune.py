@@ -8,6 +8,7 @@ measures nothing and takes a stored model of costs; what was measured before is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -54,6 +55,8 @@ class Choice:
     @property
     def speedup(self) -> float:
         """Of the choice over the dense layout; 1 if it is the dense one."""
+        if self.kernel.layout == DENSE:
+            return 1.0
         return self.seconds[DENSE] / self.seconds[self.kernel.layout]
 
 
@@ -84,7 +87,7 @@ def choose(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int = 
         source = "measured on a busy machine" if busy else "measured"
         if not busy:
             _write({keys[layout]: value for layout, value in seconds.items()})
-    best = min(kernels, key=lambda kernel: seconds[kernel.layout] / (MARGIN if kernel.layout == DENSE else 1))
+    best = min(kernels, key=lambda kernel: seconds[kernel.layout] * (MARGIN if kernel.layout == DENSE else 1))
     return Choice(best, tokens, seconds, source)
 
 
@@ -188,20 +191,26 @@ def _read() -> dict[str, float]:
     """What is known; a file that is damaged, or another program's, holds nothing: it is only a cache."""
     try:
         content = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder, or lists in lists without end
         return {}
     if not isinstance(content, dict):
         return {}
-    return {k: float(v) for k, v in content.items() if isinstance(v, int | float) and v > 0}
+    return {k: v for k, v in content.items() if isinstance(v, float) and 0 < v < math.inf}
 
 
 def _write(new: dict[str, float]) -> None:
     """Adds measurements; a folder that cannot be written is no reason to fail."""
-    path = cache_file()
+    temporary = None
     try:
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
             json.dump(_read() | new, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError:
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
         return
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
