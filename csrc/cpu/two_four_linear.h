@@ -6,8 +6,9 @@
 // 3. A chunk's 12 KB of activations stay in the first-level cache for all outputs of the group, and so do the sums.
 // 4. The sums are turned back to [token][output] and go through the epilogue of the dense layers.
 //
-// Where a path has no such kernel, or for symmetric activations, the weight is unpacked for int8_linear at each call,
-// which costs about as much as eight tokens; int8_prepack'ed weights are the better choice there.
+// Where a path has no such kernel, and for symmetric activations, the weight is unpacked for int8_linear at each call:
+// about a nanosecond a weight, as long as 80 tokens take. A weight from int8_prepack is the better choice there, and
+// for fewer than 24 tokens, since a vector has 16 of them (docs/design/009-two-four.md).
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
-from tcompress.ops.two_four_layout import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
+from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
 
 WORD = 64  # units whose places one word of the bitmap holds
 UNIT_BYTES = 4

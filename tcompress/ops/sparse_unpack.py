@@ -9,7 +9,7 @@ from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import QUAD
 from tcompress.ops.sparse_prepack import LAYOUTS, PAD, WORD, check_layout, parts, unit_count
-from tcompress.ops.two_four_layout import TWO_FOUR, two_four_bytes, unpack_two_four
+from tcompress.ops.sparse_two_four import TWO_FOUR, two_four_bytes, unpack_two_four
 
 
 def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:

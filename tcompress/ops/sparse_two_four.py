@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL, QUAD
-
 TWO_FOUR = "2:4"
+QUAD = 4  # k's of which two are kept
+PANEL = 16  # outputs to whose multiple the column sums are padded
+GROUP = 48  # outputs whose chunks lie together
 #: The two places in a quad that each pair keeps.
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 CHUNK_QUADS = 16
-GROUP = GROUP_PANELS * PANEL
 RUNS = (8, 4, 2)  # quads that a 16-bit lane sums
 CHUNK_BYTES = 104  # 16 x 4 weights, 8 starts, 16 rows, the run, 7 zeros
 ACTIVATION_OFFSET = 63  # the kernel sums (a - 63) · w
