@@ -14,6 +14,7 @@ from tcompress.ops.int8_sparse_linear import int8_sparse_linear
 from tcompress.ops.int8_unpack import int8_unpack
 from tcompress.ops.sparse_linear import sparse_linear
 from tcompress.ops.sparse_prepack import LAYOUTS, sparse_prepack
+from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four
 from tcompress.ops.sparse_unpack import sparse_unpack
 from tcompress.packing import find_patterns
 from tcompress.quantize.scheme import Scheme
@@ -81,8 +82,10 @@ def kernels_for(weight: torch.Tensor, scheme: Scheme | None) -> tuple[SparseKern
     """The ways to run a weight, the dense one first; that one alone where no CPU kernel can run."""
     if not _has_cpu_kernels(weight):
         return (SparseKernel(DENSE, scheme),)
-    layouts = LAYOUTS[torch.float32 if scheme is None else torch.int8]
-    return tuple(SparseKernel(layout, scheme) for layout in (DENSE, *layouts))
+    layouts = [DENSE, *LAYOUTS[torch.float32 if scheme is None else torch.int8]]
+    if weight.dtype == torch.int8 and is_two_four(weight):
+        layouts.append(TWO_FOUR)
+    return tuple(SparseKernel(layout, scheme) for layout in layouts)
 
 
 def best_pattern(weight: torch.Tensor) -> str:

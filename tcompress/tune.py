@@ -25,6 +25,7 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops.sparse_prepack import LAYOUTS, WORD, blocks_of
+from tcompress.ops.sparse_two_four import TWO_FOUR
 from tcompress.sparse_kernel import DENSE, SparseKernel
 
 #: A sparse layout must be this much faster than the dense one to be taken: less is noise.
@@ -135,6 +136,8 @@ COSTS: dict[str, dict[str, tuple[float, float, float]]] = {
         "8x4": (0.5, 0.012, 8.0),
     },
 }
+#: Time of 2:4 weights against that of the dense layout (docs/design/009).
+TWO_FOUR_COST = {"avx2": 0.75, "avxvnni": 0.75}
 COSTS["amx"] = COSTS["avx512vnni"] | {"int8 dense": (0.3, 0.006, 0.0)}
 
 
@@ -145,6 +148,8 @@ def model_seconds(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> fl
     table = COSTS.get(backend.cpu_path() or "", COSTS["avx2"])
     if kernel.layout == DENSE:
         name, kept, words = ("int8" if integers else "float") + " dense", n * k / (4 if integers else 1), 0.0
+    elif kernel.layout == TWO_FOUR:
+        name, kept, words = "int8 dense", n * k / 4 * TWO_FOUR_COST.get(backend.cpu_path() or "", 1.5), 0.0
     else:
         rows = LAYOUTS[weight.dtype][kernel.layout]
         blocks = (blocks_of(weight, rows) != 0).any(-1)
@@ -159,7 +164,7 @@ def _key(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> str:
     """Density in steps of one part in fifty: layers of one pruned model differ by less."""
     n, k = weight.shape
     density = 1.0
-    if kernel.layout != DENSE:
+    if kernel.layout in LAYOUTS[weight.dtype]:
         kept = (blocks_of(weight, LAYOUTS[weight.dtype][kernel.layout]) != 0).any(-1)
         density = round(float(kept.float().mean()) * 50) / 50 if kept.numel() else 0.0
     scheme = kernel.scheme.name if kernel.scheme else "float32"
