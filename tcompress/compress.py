@@ -19,7 +19,7 @@ from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.match_attention import match_attention
 from tcompress.nn import SparseLinear
 from tcompress.prune_step import Pruned, prune_masks
-from tcompress.recipe import Recipe
+from tcompress.recipe import Prune, Recipe
 from tcompress.report.report import LayerReport, Report
 from tcompress.report.size import Sizes, model_sizes
 from tcompress.sparse_kernel import DENSE
@@ -79,11 +79,15 @@ def compress(
     show = progress and get_console().is_terminal
     steps = track(matches, "compressing", disable=not show, transient=True)
     replacements = {m.module: replace.compressed(m, cache) for m in steps}
-    layers = [_layer_report(m, replacements[m.module]) for m in matches]
+    not_pruned = {skip.module: skip.reason for skip in prune_skips}
+    layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
     only_pruned = {module: p for module, p in pruned.items() if module not in replacements}
-    replacements |= {module: replace.pruned_copy(module, p.mask) for module, p in only_pruned.items()}
+    tied: dict[int, nn.Parameter] = {}
+    replacements |= {module: replace.pruned_copy(module, p.mask, tied) for module, p in only_pruned.items()}
 
     notes: list[str] = []
+    if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
+        notes.append("no layer was pruned")
     found: calibrate.Comparison | None = None
     if data is not None:
         found = calibrate.compare_outputs(model, replacements, data, attentions)
@@ -97,7 +101,8 @@ def compress(
     attention = attention_step.decide(attentions, found, notes)
 
     layers += [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
-    skipped = [_skip_report(skip) for skip in [*skips, *prune_skips] if skip.module not in replacements]
+    reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
+    skipped = [_skip_report(skip) for skip in reasons.values()]
     for m in attentions:
         if m.converted is not None:
             replacements[m.module] = replace.assembled(m.converted, replacements)
@@ -123,13 +128,13 @@ def compress(
     return CompressResult(compressed, report)
 
 
-def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
+def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     assert isinstance(replacement, COMPRESSED)
     stored = replacement.packed.dequantize()
-    action, reason = ("float" if m.scheme is None else m.scheme.name), ""
+    action = "float" if m.scheme is None else m.scheme.name
     if isinstance(replacement, SparseLinear):
         action += f" sparse {replacement.pattern}"
-        reason = _sparse_reason(replacement)
+        reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))
     return _changed_report(m.names, m.module, replacement, stored, action, reason)
 
 

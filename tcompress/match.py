@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Match:
     def weight(self) -> torch.Tensor:
         """[N, K], as it is to be stored."""
         weight = linear_weight(self.module)
-        return weight if self.mask is None else weight * self.mask
+        return weight if self.mask is None else weight.masked_fill(~self.mask, 0)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def why_not(module: nn.Module, scheme: Scheme | None) -> str | None:
     if scheme is not None and scheme.activations is None and scheme.weights.bits > 4:
         return f"{scheme.name} leaves activations in floating point, which linear layers do with 4-bit weights only"
     k = weight.shape[0] if is_conv1d(module) else weight.shape[1]
-    if k > MAX_K:
+    if scheme is not None and k > MAX_K:
         return f"in_features {k} is above {MAX_K}: an int32 sum could overflow"
     return None if weight.numel() else "its weight is empty"
 
@@ -208,15 +208,20 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], list[Skip]]:
-    """Leaves out modules whose weight is also used by a module that stays: replacing them would store it twice."""
-    replaced = {m.module for m in matches}
+def parameters_outside(model: nn.Module, modules: Collection[nn.Module]) -> dict[int, list[str]]:
+    """Names by `id` of the parameters that modules other than these hold."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if module not in replaced:
+        if module not in modules:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     users.setdefault(id(parameter), []).append(f"{name}.{key}")
+    return users
+
+
+def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], list[Skip]]:
+    """Leaves out modules whose weight is also used by a module that stays: replacing them would store it twice."""
+    users = parameters_outside(model, {m.module for m in matches})
     kept, skipped = [], []
     for m in matches:
         tied = users.get(id(m.module.weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from importlib import resources
 from pathlib import Path
@@ -158,21 +159,32 @@ class Prune(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     step: Literal["prune"] = "prune"
     pattern: str = "8x4"
-    sparsity: float | None = Field(None, ge=0, le=1)
+    sparsity: float | None = Field(None, ge=0, le=1, validate_default=True)
     scores: Literal["magnitude"] = "magnitude"
     targets: tuple[str, ...] = ("Linear", "Conv1D")
     ignore: tuple[str, ...] = ("lm_head",)
 
-    @field_validator("pattern")
+    @field_validator("pattern", mode="before")
     @classmethod
-    def _parsed(cls, value: str) -> str:
+    def _parsed(cls, value: Any) -> str:
+        if not isinstance(value, str):
+            hint = '; write "2:4" in quotes: without them it is a number to YAML' if isinstance(value, int) else ""
+            raise ValueError(f"got {reprlib.repr(value)}, expected text such as '8x4'{hint}")
         return str(Pattern.parse(value))
 
-    @model_validator(mode="after")
-    def _how_much(self) -> Prune:
-        if self.sparsity is None and ":" not in self.pattern:
-            raise ValueError(f"got no sparsity, expected it for {self.pattern}")
-        return self
+    @field_validator("sparsity")
+    @classmethod
+    def _how_much(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if "pattern" not in info.data:  # which has an error of its own
+            return value
+        pattern = Pattern.parse(info.data["pattern"])
+        n, m = pattern.size
+        if pattern.kind == "n_m":
+            if value is not None and not math.isclose(value, 1 - n / m):
+                raise ValueError(f"got {value}, expected {1 - n / m} or nothing for {pattern}")
+        elif value is None:
+            raise ValueError(f"got nothing, expected 0 to 1 for {pattern}")
+        return value
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -180,9 +192,11 @@ class Prune(BaseModel):
         return (value,) if isinstance(value, str) else value
 
 
-def _kind(step: Any) -> Any:
-    """Which step this is; quantize where it does not say."""
-    return step.get("step", "quantize") if isinstance(step, dict) else getattr(step, "step", None)
+def _kind(step: Any) -> str | None:
+    """Which step this is, quantize where it does not say; None if it is no step at all."""
+    if isinstance(step, Quantize | Sparse | Prune):
+        return step.step
+    return str(step.get("step", "quantize")) if isinstance(step, dict) else None
 
 
 #: A step of a recipe.
@@ -271,7 +285,9 @@ def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in the form `argument: got X, expected Y`."""
     place = ".".join(str(part) for part in error["loc"] if part not in ("quantize", "sparse", "prune"))
     if error["type"] == "union_tag_invalid":
-        return f"{place}.step: got {error['ctx']['tag']!r}, expected 'quantize', 'sparse' or 'prune'"
+        return f"{place}.step: got {error['input']['step']!r}, expected 'quantize', 'sparse' or 'prune'"
+    if error["type"] == "union_tag_not_found":
+        return f"{place}: got {reprlib.repr(error['input'])}, expected a step: a mapping"
     if error["type"] == "value_error":  # raised by a validator of ours, in our form
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] == "missing":

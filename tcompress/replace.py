@@ -26,7 +26,8 @@ class Shared:
     modules: list[PackedModule] = field(default_factory=list)
 
 
-PackedCache = dict[tuple[int, bool, QuantArgs], Shared]
+#: By the weight, whether it is stored transposed, its mask and how it is quantized.
+PackedCache = dict[tuple[int, bool, int, QuantArgs], Shared]
 
 
 def compressed(match: Match, cache: PackedCache) -> nn.Module:
@@ -39,7 +40,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
         return _sparse(match, match.step)
     module, scheme = match.module, match.scheme
     assert scheme is not None
-    key = (id(module.weight), is_conv1d(module), scheme.weights)
+    key = (id(module.weight), is_conv1d(module), id(match.mask), scheme.weights)
     if key not in cache:
         try:
             cache[key] = Shared(round_to_nearest(match.weight, scheme.weights))
@@ -69,20 +70,32 @@ def _sparse(match: Match, step: Sparse) -> SparseLinear:
     return layer.train(module.training)
 
 
-def pruned_copy(module: nn.Module, mask: torch.Tensor) -> nn.Module:
-    """A linear layer like this one, with zeros where mask [N, K] is False."""
-    weight = linear_weight(module).detach() * mask
-    if is_masked_by_torch(module):  # its weight is no parameter, and cannot be copied
-        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-        copied: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-        with torch.no_grad():
-            if bias is not None:
-                copied.bias.copy_(bias)  # type: ignore[operator]
-    else:
-        copied = copy.deepcopy(module)
-    with torch.no_grad():
-        copied.weight.copy_(weight.t() if is_conv1d(module) else weight)  # type: ignore[operator]
-    return copied.train(module.training)
+def pruned_copy(module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter]) -> nn.Module:
+    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`.
+
+    Layers with a tied weight share the pruned one through `cache`.
+    """
+    memo: dict[int, object] = {}  # deepcopy takes what it holds, and would copy what a weight is a view into
+    for name in ("weight", "bias"):
+        old = getattr(module, name)
+        if old is None:
+            continue
+        if name == "bias":
+            memo[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+            continue
+        if id(old) not in cache:
+            weight = linear_weight(module).detach().masked_fill(~mask, 0)
+            weight = weight.t().contiguous() if is_conv1d(module) else weight
+            cache[id(old)] = nn.Parameter(weight, old.requires_grad)
+        memo[id(old)] = cache[id(old)]
+    copied = copy.deepcopy(module, memo)
+    if is_masked_by_torch(module):
+        copied._forward_pre_hooks.clear()
+        for name in [name for name in ("weight", "bias") if f"{name}_mask" in module._buffers]:
+            parameter = vars(copied).pop(name)
+            del copied._parameters[f"{name}_orig"], copied._buffers[f"{name}_mask"]
+            copied.register_parameter(name, parameter)
+    return copied
 
 
 def assembled(module: Int8MultiheadAttention, replacements: dict[nn.Module, nn.Module]) -> Int8MultiheadAttention:

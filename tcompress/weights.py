@@ -14,8 +14,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_masked_by_torch(module: nn.Module) -> bool:
     """Whether `torch.nn.utils.prune` computes the weight before each call, and nothing else is done there."""
-    hooks = module._forward_pre_hooks.values()
-    return hasattr(module, "weight_orig") and all(isinstance(hook, BasePruningMethod) for hook in hooks)
+    masked = "weight_orig" in module._parameters and "weight_mask" in module._buffers
+    return masked and all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:

@@ -108,7 +108,8 @@ def describe(module: nn.Module) -> Spec:
     if isinstance(module, Int8Attention):
         return AttentionSpec(bits=module.bits, precision=module.precision)
     if isinstance(module, Int8MultiheadAttention):
-        projections = [child for child in module.children() if isinstance(child, nn.Linear | QuantizedLinear)]
+        kinds = nn.Linear | QuantizedLinear | SparseLinear
+        projections = [child for child in module.children() if isinstance(child, kinds)]
         floats = [child.weight.dtype for child in projections if isinstance(child, nn.Linear)]
         return MultiheadAttentionSpec(
             embed_dim=module.embed_dim,
