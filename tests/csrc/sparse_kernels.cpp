@@ -51,7 +51,7 @@ struct Packed {
 
   Packed(const cpu::SparseWeightView& view, int64_t* counts, bool at_end, int threads)
       : layout(view.n, view.k, view.floats, view.block_rows, cpu::count_blocks(view, counts, threads)),
-        bytes(layout.bytes, at_end) {
+        bytes(cpu::round_up(layout.bytes, 8), at_end) {  // its first words have 64 bits
     cpu::sparse_prepack(view, layout, counts, bytes.data(), threads);
   }
 };
