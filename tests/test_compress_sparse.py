@@ -24,7 +24,7 @@ from tcompress.report.report import Report
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch, tmp_path):
     """What the measurement finds: sparse layouts are faster, unless a test says otherwise."""
-    found = {"dense": 4e-3, "unstructured": 3e-3, "1x4": 3e-3, "8x4": 2e-3}
+    found = {"dense": 4e-3, "unstructured": 3e-3, "1x4": 3e-3, "8x4": 2e-3, "2:4": 3e-3}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "measure", lambda w, kernels, m: ({k.layout: found[k.layout] for k in kernels}, False))
     return found
@@ -109,6 +109,15 @@ def test_min_sparsity():
     result = tcompress.compress(model, {"steps": [{**SPARSE, "min_sparsity": 0.6}]})
     assert [type(m) for m in result.model] == [nn.Linear, SparseLinear]
     assert [layer.reason for layer in result.report.skipped] == ["50% of its weight is zero, and the step asks for 60%"]
+
+
+def test_2_4_runs_on_its_kernel(seconds, tmp_path):
+    seconds["2:4"] = 1e-3
+    model = tcompress.compress(mlp(), steps({"step": "prune", "pattern": "2:4"}, SPARSE_INT8)).model
+    assert [m.layout for m in model if isinstance(m, SparseLinear)] == ["2:4", "2:4"]
+    tcompress.save(model, tmp_path / "model")
+    x = torch.randn(5, 32)
+    assert torch.equal(tcompress.load(tmp_path / "model", mlp())(x), model(x))
 
 
 def test_tokens_reach_the_measurement():

@@ -35,7 +35,7 @@ from tcompress.packing import pack_sparse
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_layout(scheme, pattern, bias):
     linear = pruned(pattern=pattern, bias=bias)
-    for layout in FLOATS if scheme is None else INTEGERS:
+    for layout in FLOATS if scheme is None else (*INTEGERS, *(["2:4"] if pattern == "2:4" else [])):
         module = sparse(linear, scheme, layout)
         assert module.layout == layout
         assert_computes(module, linear, tokens(7, 70))
@@ -196,6 +196,23 @@ def test_the_smallest_pattern_is_found(pattern):
     module = sparse(linear)
     assert module.pattern == pattern
     assert module.packed.nbytes <= min(sparse(linear, pattern=other).packed.nbytes for other in ("1x4", "32x32"))
+
+
+def test_the_2_4_kernel_takes_2_4_weights_only(monkeypatch):
+    monkeypatch.setattr(tune, "choose", _choice_of("2:4"))
+    linear = pruned(k=72, pattern="2:4")
+    module = SparseLinear.from_linear(linear, "W8A8")
+    assert (module.layout, module.pattern) == ("2:4", "2:4")
+    assert_computes(module, linear, tokens(5, 72))
+    with pytest.raises(
+        ValueError, match="SparseLinear: layout: got '2:4', expected one of .*does not have this pattern"
+    ):
+        sparse(pruned(sparsity=0.2), "W8A8", "2:4")
+    full = sparse(pruned(k=72, sparsity=0.2), "W8A8", pattern="unstructured")
+    other = sparse(linear, "W8A8", "2:4", pattern="unstructured")
+    with pytest.raises(RuntimeError, match="weight: SparseLinear: layout: got '2:4'"):
+        other.load_state_dict(full.state_dict())
+    assert torch.equal(other(tokens(5, 72)), module(tokens(5, 72)))
 
 
 def test_2_4_is_found():
