@@ -13,7 +13,7 @@ from tcompress import backend, tune
 from tcompress.errors import message
 from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
 from tcompress.ops.quantize_per_token import check_float
-from tcompress.ops.sparse_prepack import LAYOUTS
+from tcompress.ops.sparse_prepack import layouts_of
 from tcompress.packing import SparseWeight, pack_sparse
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
@@ -37,7 +37,7 @@ class SparseLinear(nn.Module):
         packed: the weight.
         bias: [N] or None.
         scheme: of an int8 weight, W8A8 or like; None for floats.
-        layout: of the kernel: "dense", "8x4", "unstructured" (floats), "1x4" (int8).
+        layout: of the kernel: "dense", "8x4", "unstructured" (floats), "1x4" or "2:4" (int8).
         activation: applied to the result inside the kernel: "none", "relu", "gelu", "gelu_tanh", "silu".
 
     Raises:
@@ -65,7 +65,7 @@ class SparseLinear(nn.Module):
             raise ValueError(message("SparseLinear", "packed, scheme", got, "int8 values with a scheme, or floats"))
         if scheme is not None:
             _check_scheme(scheme)
-        layouts = (DENSE, *LAYOUTS[torch.float32 if scheme is None else torch.int8])
+        layouts = (DENSE, *layouts_of(torch.float32 if scheme is None else torch.int8))
         if layout not in layouts:
             raise ValueError(message("SparseLinear", "layout", repr(layout), f"one of {layouts}"))
         self.out_features, self.in_features = packed.shape
@@ -145,6 +145,9 @@ class SparseLinear(nn.Module):
         else:
             dense = packed.floats().float() if self.scheme is None else packed.integers()  # raises before a change
             usable = {kernel.layout: kernel for kernel in kernels_for(dense, self.scheme)}
+            if self.layout not in usable and len(usable) > 1:
+                hint = "the weight does not have this pattern"
+                raise ValueError(message("SparseLinear", "layout", repr(self.layout), f"one of {tuple(usable)}", hint))
             #: Where no CPU kernel runs, the dense weight is multiplied, and the choice is kept for a return to the CPU.
             self._kernel = usable.get(self.layout, SparseKernel(DENSE, self.scheme))
             self.values = self.index = None

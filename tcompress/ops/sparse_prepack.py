@@ -50,9 +50,14 @@ def sparse_prepack(weight: torch.Tensor, layout: str) -> torch.Tensor:
     return backend.call("sparse_prepack", weight, layout)
 
 
+def layouts_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """All layouts of float32 or int8 weights; "2:4" is not for any weight."""
+    return (*LAYOUTS[dtype], *((TWO_FOUR,) if dtype == torch.int8 else ()))
+
+
 def check_layout(op: str, layout: str, dtype: torch.dtype) -> None:
     """Raises unless weights of this type have such a layout."""
-    names = (*LAYOUTS[dtype], *((TWO_FOUR,) if dtype == torch.int8 else ()))
+    names = layouts_of(dtype)
     if layout not in names:
         raise ValueError(message(op, "layout", repr(layout), f"one of {names} for {dtype}"))
 
