@@ -32,8 +32,9 @@ const SparseLinearPath& path_table(Path path) {
     case Path::kAvxVnni:
       return kSparseLinearAvxVnni;
     case Path::kAvx512Vnni:
-    case Path::kAmx:
       return kSparseLinearAvx512Vnni;
+    case Path::kAmx:
+      return kSparseLinearAmx;
 #elif defined(__aarch64__)
     case Path::kNeon:
       return kSparseLinearNeon;
@@ -239,19 +240,20 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   const int64_t tile_tokens = round_up(ceil_div(cell_rows, ceil_div(cell_rows, most)), few ? 1 : lanes);
 
   const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
-  const Plan plan{args,
-                  path,
-                  layout,
-                  kernels,
-                  kind,
-                  few,
-                  kind == 1 ? kMaxBlockWords : words_in_l1(path.tile_vectors * lanes),
-                  row_stride,
-                  tile_tokens,
-                  args.k * element_bytes(args.x_dtype),
-                  element_bytes(args.y_dtype),
-                  args.floats ? nullptr : path.epilogue(args.activation, args.y_dtype),
-                  args.floats ? path.float_epilogue(args.activation, args.y_dtype) : nullptr};
+  const Plan plan{
+      args,
+      path,
+      layout,
+      kernels,
+      kind,
+      few,
+      kind == 0 ? words_in_l1(path.tile_vectors * lanes) : (kernels.whole_rows ? layout.words : kMaxBlockWords),
+      row_stride,
+      tile_tokens,
+      args.k * element_bytes(args.x_dtype),
+      element_bytes(args.y_dtype),
+      args.floats ? nullptr : path.epilogue(args.activation, args.y_dtype),
+      args.floats ? path.float_epilogue(args.activation, args.y_dtype) : nullptr};
   const std::vector<int64_t> groups = balanced_groups(plan, by_outputs);
 
   int64_t size = 0;
