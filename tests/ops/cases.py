@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention_samples
+import int4_sparse_cases
 import sparse_cases
 import torch
 
@@ -416,4 +417,5 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int4_multi_linear": tuple(_multi_samples(4)),
     **attention_samples.SAMPLES,
     **sparse_cases.SAMPLES,
+    **int4_sparse_cases.SAMPLES,
 }

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
+import int4_sparse_cases
 import oracle
 import pytest
 import sparse_cases
@@ -19,7 +20,8 @@ X, WEIGHT, SCALE, BIAS = cases.linear_operands(SHAPE, torch.float32)
 INT4 = cases.int4_weight(cases.random_int4(33, 20), zeros="random")
 SPARSE = ops.sparse_prepack(sparse_cases.weight(33, 20, torch.float32), "unstructured")
 SPARSE_INT8 = ops.sparse_prepack(sparse_cases.weight(33, 20, torch.int8), "8x4")
-SIZE_DEPENDS_ON_DATA = ("sparse_prepack",)
+SPARSE_INT4 = ops.int4_sparse_prepack(int4_sparse_cases.weight(33, 20), int4_sparse_cases.scales(33, 20, 32), 32)
+SIZE_DEPENDS_ON_DATA = ("sparse_prepack", "int4_sparse_prepack")
 
 
 def outputs(result):
@@ -51,6 +53,7 @@ def test_opcheck(op, i):
         "int4_multi_linear",
         "sparse_linear",
         "int8_sparse_linear",
+        "int4_sparse_linear",
         "quantized_attention",
         "quantized_attention_varlen",
         "short_attention",
@@ -131,6 +134,7 @@ def test_backward_raises(backend):
             "int4_linear": ops.int4_linear(X, *INT4.operands, bias, group_size=32),
             "sparse_linear": ops.sparse_linear(X, SPARSE, 33, bias),
             "int8_sparse_linear": ops.int8_sparse_linear(X, SPARSE_INT8, SCALE, bias, "8x4"),
+            "int4_sparse_linear": ops.int4_sparse_linear(X, SPARSE_INT4, 33, bias, 32),
         }
         assert ops.int8_linear(x, WEIGHT, SCALE).requires_grad
         assert ops.int4_linear(x, *INT4.operands, group_size=32, act_bits=None).requires_grad
@@ -187,7 +191,9 @@ def test_compile(backend, fresh_dynamo):
         y = ops.sparse_linear(x, SPARSE, 33, bias, activation="silu")
         weight = ops.sparse_unpack(SPARSE, 33, 20, torch.float32, "unstructured")
         acc = ops.int8_sparse_linear(x, SPARSE_INT8, scale, layout="8x4", out_dtype=torch.int32)
-        return weight, acc, ops.int8_sparse_linear(x, SPARSE_INT8, scale, bias, "8x4", 7, False, residual=y)
+        parts = ops.int4_sparse_unpack(SPARSE_INT4, 33, 20, 32, torch.float16)
+        y = ops.int4_sparse_linear(x, SPARSE_INT4, 33, bias, 32, residual=y)
+        return *parts, weight, acc, ops.int8_sparse_linear(x, SPARSE_INT8, scale, bias, "8x4", 7, False, residual=y)
 
     with use_backend(backend):
         compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
