@@ -105,7 +105,7 @@ PACKED = ops.int4_sparse_prepack(cases4.weight(9, 70), cases4.scales(9, 70, 32),
     [
         ({"x": X.double()}, TypeError, "x: got torch.float64"),
         ({"x": torch.randn(3, 600)}, ValueError, "kernel_weight"),
-        ({"out_features": 40}, ValueError, "kernel_weight"),
+        ({"out_features": 4000}, ValueError, "kernel_weight"),
         ({"bias": torch.zeros(8)}, ValueError, "bias"),
         ({"group_size": 31}, ValueError, "group_size: got 31"),
         ({"act_bits": 9}, ValueError, "act_bits"),
