@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from . import attention_prepare
-from .attention_blocks import BOOL_MASK, FLOAT_MASK, NO_MASK, masked_blocks, plain_blocks
+from .attention_blocks import BOOL_MASK, FLOAT_MASK, NO_MASK, ahead_blocks, masked_blocks, plain_blocks
 from .attention_tiles import Tiles, tiles
 from .numbers import capability
 
@@ -34,14 +34,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 MAX_HEAD = 256
 
 
-@triton.jit
+# Addresses do not depend on the divisibility of these: one compilation serves all lengths.
+@triton.jit(do_not_specialize=["sq", "skv", "heads", "group", "m_blocks", "n_blocks", "offset", "scale"])
 def attend(
     Q, Q_SCALE, K, K_SCALE, V, MASK_PTR, SHIFT, OUT, LSE,
     sq, skv, dv, heads, group, m_blocks, n_blocks, offset, scale,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, V_TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     # 1D: the other axes of a grid end at 65535
     pid = tl.program_id(0)
@@ -75,10 +76,16 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DVP], tl.float32)
     if MASK == NO_MASK:
-        acc, total, top = plain_blocks(
-            acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
-            BLOCK_N, DP, V_TAIL,
-        )  # fmt: skip
+        if AHEAD:
+            acc, total, top = ahead_blocks(
+                acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
+                BLOCK_N, DP, V_TAIL,
+            )  # fmt: skip
+        else:
+            acc, total, top = plain_blocks(
+                acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
+                BLOCK_N, DP, V_TAIL,
+            )  # fmt: skip
     acc, total, top = masked_blocks(
         acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, plain_end, end,
         rows, sq, skv, offset, mask_at, mask_stride_n, BLOCK_N, DP, CAUSAL, MASK,
@@ -167,7 +174,7 @@ def attention(
         sq, skv, dv, heads, heads // kv_heads, m_blocks, n_blocks, skv - sq if bottom_right else 0, scale,
         *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
-        CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse,
+        CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse, AHEAD=tile.ahead,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

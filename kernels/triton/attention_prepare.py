@@ -48,7 +48,7 @@ class Integers(NamedTuple):
     shift: torch.Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["skv", "heads", "piece"])
 def key_sums(
     K, SUMS, skv, d, heads, stride_b, stride_h, stride_s, stride_d, piece,
     TOKENS: tl.constexpr, DP: tl.constexpr,
@@ -72,7 +72,11 @@ def _mean(SUMS, bh, parts, inverse_skv, PARTS: tl.constexpr, DP: tl.constexpr):
     return tl.where(finite(mean), mean, 0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "sq", "skv", "heads", "kv_heads", "q_blocks", "k_blocks", "q_programs", "parts", "inverse_skv", "unit", "sign"
+    ]
+)  # fmt: skip
 def quantize_queries_and_keys(
     X_Q, X_K, SUMS, Q, Q_SCALE, K, K_SCALE, SHIFT,
     sq, skv, d, heads, kv_heads, q_blocks, k_blocks, q_programs, parts, inverse_skv, unit, sign,

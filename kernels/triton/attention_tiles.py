@@ -17,6 +17,7 @@ class Tiles:
     block_n: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 #: By compute capability (this or higher) and padded head size (up to). 9.0 measured (docs/design/010); the rest chosen so that

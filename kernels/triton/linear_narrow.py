@@ -42,7 +42,7 @@ def _token_scales(
     return ok, scale, inverse, zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_narrow(
     A, SCALE, ZERO, WEIGHT, WEIGHT_SCALE, WEIGHT_SUM, BIAS, RESIDUAL, OUT, PARTIAL, DONE,
     m, n, k, k_part, stride_a, stride_ak, stride_w, stride_residual,

@@ -19,7 +19,7 @@ import triton.language as tl
 from .linear_finish import finish
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_wide(
     A, SCALE, ZERO, WEIGHT, WEIGHT_SCALE, WEIGHT_SUM, BIAS, RESIDUAL, OUT,
     m, n, k, stride_a, stride_w, stride_residual,

@@ -49,7 +49,7 @@ def integers(x, ok, inverse, zero, Q_MAX: tl.constexpr, SYMMETRIC: tl.constexpr)
     return q.to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def quantize_rows(
     X, Q, SCALE, ZERO,
     m, k, k_padded, stride_m, stride_k,
