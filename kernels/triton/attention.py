@@ -175,6 +175,6 @@ def attention(
         *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
         CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse, AHEAD=tile.ahead,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out, lse

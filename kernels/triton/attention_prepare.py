@@ -72,6 +72,38 @@ def _mean(SUMS, bh, parts, inverse_skv, PARTS: tl.constexpr, DP: tl.constexpr):
     return tl.where(finite(mean), mean, 0.0)
 
 
+@triton.jit
+def _store_queries(
+    X, Q, Q_SCALE, SHIFT, SUMS, inside, x_at, row, parts, inverse_skv, unit, sign, kv,
+    STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
+    ok = all_finite(x, 1)
+    scale = tl.maximum(tl.max(tl.abs(x), 1) * STEP, LOWEST)
+    inverse = tl.where(ok, reciprocal(scale), 0.0)
+    q = round_half_even(tl.where(ok[:, None], x, 0.0) * inverse[:, None])  # at most q_max: see quantize_tokens
+    tl.store(Q + row[:, None] * DP + tl.arange(0, DP)[None, :], (q * sign).to(tl.int8))
+    tl.store(Q_SCALE + row, tl.where(ok, scale * unit, float("nan")))
+    if HAS_SHIFT:
+        mean = _mean(SUMS, kv, parts, inverse_skv, PARTS, DP)
+        tl.store(SHIFT + row, tl.sum(x * mean[None, :], 1))
+
+
+@triton.jit
+def _store_keys(
+    X, K, K_SCALE, SUMS, bh, inside, x_at, row, block, parts, inverse_skv,
+    STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(inside, x - _mean(SUMS, bh, parts, inverse_skv, PARTS, DP)[None, :], 0.0)
+    ok = tl.min(all_finite(x, 1).to(tl.int32), 0) != 0
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) * STEP, LOWEST)
+    inverse = tl.where(ok, reciprocal(scale), 0.0)
+    q = round_half_even(tl.where(ok, x, 0.0) * inverse)
+    tl.store(K + row[:, None] * DP + tl.arange(0, DP)[None, :], q.to(tl.int8))
+    tl.store(K_SCALE + block, tl.where(ok, scale, float("nan")))
+
+
 @triton.jit(
     do_not_specialize=[
         "sq", "skv", "heads", "kv_heads", "q_blocks", "k_blocks", "q_programs", "parts", "inverse_skv", "unit", "sign"
@@ -87,39 +119,27 @@ def quantize_queries_and_keys(
     pid = tl.program_id(0)
     channels = tl.arange(0, DP)[None, :]
     if pid < q_programs:
-        bh = pid // q_blocks
-        rows = (pid % q_blocks) * ROWS + tl.arange(0, ROWS)
-        head = (bh % heads).to(tl.int64)
-        at = X_Q + (bh // heads).to(tl.int64) * q_stride_b + head * q_stride_h
-        at = at + rows.to(tl.int64)[:, None] * q_stride_s + channels * q_stride_d
-        x = tl.load(at, mask=(rows < sq)[:, None] & (channels < d), other=0.0).to(tl.float32)
-        ok = all_finite(x, 1)
-        scale = tl.maximum(tl.max(tl.abs(x), 1) * STEP, LOWEST)
-        inverse = tl.where(ok, reciprocal(scale), 0.0)
-        q = round_half_even(tl.where(ok[:, None], x, 0.0) * inverse[:, None])
-        row = bh.to(tl.int64) * (q_blocks * ROWS) + rows
-        tl.store(Q + row[:, None] * DP + channels, (q * sign).to(tl.int8))  # at most q_max: see quantize_tokens
-        tl.store(Q_SCALE + row, tl.where(ok, scale * unit, float("nan")))
-        if HAS_SHIFT:
-            mean = _mean(SUMS, (bh // heads) * kv_heads + (bh % heads) // (heads // kv_heads), parts, inverse_skv, PARTS, DP)
-            tl.store(SHIFT + row, tl.sum(x * mean[None, :], 1))
+        q_bh = pid // q_blocks
+        b, h = q_bh // heads, q_bh % heads
+        q_rows = (pid % q_blocks) * ROWS + tl.arange(0, ROWS)
+        q_at = b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
+        q_at = q_at + q_rows.to(tl.int64)[:, None] * q_stride_s + channels * q_stride_d
+        _store_queries(
+            X_Q, Q, Q_SCALE, SHIFT, SUMS, (q_rows < sq)[:, None] & (channels < d), q_at,
+            q_bh.to(tl.int64) * (q_blocks * ROWS) + q_rows, parts, inverse_skv, unit, sign,
+            b * kv_heads + h // (heads // kv_heads), STEP, LOWEST, DP, PARTS, HAS_SHIFT,
+        )  # fmt: skip
     else:
-        pid -= q_programs
-        bh = pid // k_blocks
-        rows = (pid % k_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (rows < skv)[:, None] & (channels < d)
-        at = X_K + (bh // kv_heads).to(tl.int64) * k_stride_b + (bh % kv_heads).to(tl.int64) * k_stride_h
-        at = at + rows.to(tl.int64)[:, None] * k_stride_s + channels * k_stride_d
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x - _mean(SUMS, bh, parts, inverse_skv, PARTS, DP)[None, :], 0.0)
-        ok = tl.min(all_finite(x, 1).to(tl.int32), 0) != 0
-        scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) * STEP, LOWEST)
-        # a scalar division: as a row of one, since div_rn takes tensors
-        inverse = tl.where(ok, reciprocal(tl.full([BLOCK_N], 1.0, tl.float32) * scale), 0.0)
-        q = round_half_even(tl.where(ok, x, 0.0) * inverse[:, None])
-        row = bh.to(tl.int64) * (k_blocks * BLOCK_N) + rows
-        tl.store(K + row[:, None] * DP + channels, q.to(tl.int8))
-        tl.store(K_SCALE + pid, tl.where(ok, scale, float("nan")))
+        block = pid - q_programs
+        k_bh = block // k_blocks
+        k_rows = (block % k_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_at = (k_bh // kv_heads).to(tl.int64) * k_stride_b + (k_bh % kv_heads).to(tl.int64) * k_stride_h
+        k_at = k_at + k_rows.to(tl.int64)[:, None] * k_stride_s + channels * k_stride_d
+        _store_keys(
+            X_K, K, K_SCALE, SUMS, k_bh, (k_rows < skv)[:, None] & (channels < d), k_at,
+            k_bh.to(tl.int64) * (k_blocks * BLOCK_N) + k_rows, block, parts, inverse_skv,
+            STEP, LOWEST, DP, PARTS,
+        )  # fmt: skip
 
 
 def padded_head(d: int) -> int:
@@ -161,6 +181,6 @@ def quantize(q: torch.Tensor, k: torch.Tensor, scale: float, block_m: int, block
         -1.0 if scale < 0 else 1.0, *q.stride(), *k.stride(),
         STEP=STEP, LOWEST=LOWEST, ROWS=rows, BLOCK_N=block_n, DP=dp,
         PARTS=triton.next_power_of_2(parts), HAS_SHIFT=with_shift,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8 if block_n * dp >= 8192 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

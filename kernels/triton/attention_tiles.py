@@ -18,6 +18,7 @@ class Tiles:
     warps: int
     stages: int
     ahead: bool = False
+    registers: int | None = None
 
 
 #: By compute capability (this or higher) and padded head size (up to). 9.0 measured (docs/design/010); the rest chosen so that

@@ -1,7 +1,7 @@
 """int8 linear: per-token activations times per-channel weights, its epilogue fused; which kernel runs, and the launch.
 
     tokens        launches
-    <= 4          1   linear_narrow quantizes x itself
+    1             1   linear_narrow quantizes x itself
     <= 64         2   quantize_tokens, linear_narrow
     more          2   quantize_tokens, linear_wide
 
@@ -15,7 +15,7 @@ import triton
 
 from .linear_finish import ACTIVATIONS
 from .linear_narrow import linear_narrow
-from .linear_tiles import FUSED_TOKENS, NARROW_TOKENS, NarrowTiles, WideTiles, narrow_tiles, wide_tiles
+from .linear_tiles import NARROW_TOKENS, NarrowTiles, WideTiles, narrow_tiles, wide_tiles
 from .linear_wide import linear_wide
 from .numbers import capability, steps
 from .quantize_tokens import quantize_tokens
@@ -40,7 +40,7 @@ def linear(
     Args:
         x: [..., K], weight [N, K] int8 (last stride 1), weight_scale [N], bias [N], residual [..., N]: as the op has them.
         weight_sum: [N] int32, `weight.sum(1)`; computed here if needed and not given (asymmetric activations).
-        tile, fuse_quantizer: other than `linear_tiles` has; fusing needs few tokens.
+        tile, fuse_quantizer: other than `linear_tiles` has; fusing needs one token.
 
     Returns:
         [..., N]; `out_dtype=torch.int32` gives the exact sums.
@@ -64,7 +64,7 @@ def linear(
     if tile is None:
         choose = narrow_tiles if m <= NARROW_TOKENS else wide_tiles
         tile = choose(capability(x), m, n, k)
-    if isinstance(tile, NarrowTiles) and (m <= FUSED_TOKENS if fuse_quantizer is None else fuse_quantizer):
+    if isinstance(tile, NarrowTiles) and (m == 1 if fuse_quantizer is None else fuse_quantizer):
         a, scale, zero = rows, weight_scale, weight_scale  # the last two are not read
         quantize = True
     else:

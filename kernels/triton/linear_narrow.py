@@ -4,7 +4,7 @@
         channels  0 … BLOCK_N-1      | program 0   | program 1   |   SPLIT programs a slice of channels, so that all
         channels  BLOCK_N … 2·BLOCK_N-1 | program 2   | program 3   |   multiprocessors read also where N is small
 
- 1. QUANTIZE: x in floats; every program finds the range of each token and quantizes what it reads, one launch in all.
+ 1. QUANTIZE, one token: x in floats; every program finds its range and quantizes what it reads, one launch in all.
     Else: integers from quantize_tokens.
  2. acc over the program's part of K.
  3. SPLIT > 1: add acc into PARTIAL [tiles, BLOCK_M, BLOCK_N] int32, which is exact in any order; the program that finds all others
@@ -20,26 +20,25 @@ import triton
 import triton.language as tl
 
 from .linear_finish import finish
-from .numbers import all_finite
+from .numbers import finite
 from .quantize_tokens import integers, scale_of_range
+
+#: Values of a token read at a time to find its range.
+RANGE_BLOCK = tl.constexpr(2048)
 
 
 @triton.jit
-def _token_scales(
-    X_AT, m, k, rows, ks, stride_k,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr, LOWEST: tl.constexpr, SYMMETRIC: tl.constexpr,
-):  # fmt: skip
-    low = tl.zeros([BLOCK_M], tl.float32)
-    high = tl.zeros([BLOCK_M], tl.float32)
-    ok = tl.full([BLOCK_M], 1, tl.int1)
-    for start in range(0, k, BLOCK_K):
-        inside = (rows < m)[:, None] & (start + ks < k)[None, :]
-        x = tl.load(X_AT + start * stride_k, mask=inside, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(x, 1))
-        high = tl.maximum(high, tl.max(x, 1))
-        ok = ok & all_finite(x, 1)
-    scale, inverse, zero = scale_of_range(low, high, ok, STEP, LOWEST, SYMMETRIC)
-    return ok, scale, inverse, zero
+def _range_of_token(X, k, stride_k, BLOCK: tl.constexpr):
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    ok = tl.full([BLOCK], 1, tl.int1)
+    for start in range(0, k, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(X + at.to(tl.int64) * stride_k, mask=at < k, other=0.0).to(tl.float32)
+        low = tl.minimum(low, x)
+        high = tl.maximum(high, x)
+        ok = ok & finite(x)
+    return tl.min(low, 0), tl.max(high, 0), tl.min(ok.to(tl.int32), 0) != 0
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -55,15 +54,15 @@ def linear_narrow(
     rows = tl.arange(0, BLOCK_M)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
-    a_at = A + rows.to(tl.int64)[:, None] * stride_a + ks.to(tl.int64)[None, :] * stride_ak
+    a_at = A + rows.to(tl.int64)[:, None] * stride_a + ks[None, :]
     # beyond the end the last channel is read again, and nothing of it is stored
     w_at = WEIGHT + tl.minimum(columns, n - 1).to(tl.int64)[:, None] * stride_w + ks[None, :]
     inside_m = (rows < m)[:, None]
     if QUANTIZE:
-        ok, scale, inverse, zero_float = _token_scales(
-            a_at, m, k, rows, ks, stride_ak, BLOCK_M, BLOCK_K, STEP, LOWEST, not HAS_ZERO
-        )
-        zero = zero_float.to(tl.int32)
+        low, high, ok = _range_of_token(A, k, stride_ak, RANGE_BLOCK)
+        token_scale, inverse, token_zero = scale_of_range(low, high, ok, STEP, LOWEST, not HAS_ZERO)
+        scale = tl.zeros([BLOCK_M], tl.float32) + token_scale
+        zero = (tl.zeros([BLOCK_M], tl.float32) + token_zero).to(tl.int32)
     else:
         scale = tl.load(SCALE + rows, mask=rows < m, other=0.0)
         zero = tl.load(ZERO + rows, mask=rows < m, other=0)
@@ -72,14 +71,17 @@ def linear_narrow(
     for start in range(split * k_part, tl.minimum(k, (split + 1) * k_part), BLOCK_K):
         if WHOLE_K:
             w = tl.load(w_at + start)
-            a = tl.load(a_at + start * stride_ak, mask=inside_m, other=0)
         else:
-            inside = (start + ks < k)[None, :]
-            w = tl.load(w_at + start, mask=inside, other=0)
-            a = tl.load(a_at + start * stride_ak, mask=inside_m & inside, other=0)
+            w = tl.load(w_at + start, mask=(start + ks < k)[None, :], other=0)
         if QUANTIZE:
-            # where x was not read its zero point meets a weight of 0
-            a = integers(a.to(tl.float32), ok[:, None], inverse[:, None], zero_float[:, None], Q_MAX, not HAS_ZERO)
+            x = tl.load(A + (start + ks).to(tl.int64) * stride_ak, mask=start + ks < k, other=0.0).to(tl.float32)
+            # where x ends its zero point meets a weight of 0; all rows of the tile are the one token
+            token = integers(x, ok, inverse, token_zero, Q_MAX, not HAS_ZERO)
+            a = tl.broadcast_to(token[None, :], [BLOCK_M, BLOCK_K])
+        elif WHOLE_K:
+            a = tl.load(a_at + start, mask=inside_m, other=0)
+        else:
+            a = tl.load(a_at + start, mask=inside_m & (start + ks < k)[None, :], other=0)
         acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
 
     last = True

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 #: Up to here linear_narrow runs: one tile of tokens, the weight is read once.
 NARROW_TOKENS = 64
-#: Up to here it quantizes x itself: every program reads all of x, which more tokens would make the larger part.
-FUSED_TOKENS = 4
 #: Programs that a launch should have at least: a few for each multiprocessor.
 PROGRAMS = 264
 

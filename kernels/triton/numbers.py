@@ -53,7 +53,7 @@ def all_finite(x, axis: tl.constexpr):
 @triton.jit
 def reciprocal(scale):
     """1 / scale, rounded correctly; Triton's `/` is off by up to two units."""
-    return tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return tl.math.div_rn(1.0, scale)
 
 
 @triton.jit
