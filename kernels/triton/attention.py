@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from . import attention_prepare
-from .attention_blocks import BOOL_MASK, FLOAT_MASK, NO_MASK, ahead_blocks, masked_blocks, plain_blocks
+from .attention_blocks import BOOL_MASK, FLOAT_MASK, NO_MASK, masked_blocks, plain_blocks
 from .attention_tiles import Tiles, tiles
 from .numbers import capability
 
@@ -42,7 +42,7 @@ def attend(
     v_stride_b, v_stride_h, v_stride_s, v_stride_d,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, V_TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr, AHEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     # 1D: the other axes of a grid end at 65535
     pid = tl.program_id(0)
@@ -61,7 +61,9 @@ def attend(
     k_scale_at = K_SCALE + kv * n_blocks
     v_at = V + b * v_stride_b + (h // group) * v_stride_h + keys[:, None] * v_stride_s + columns[None, :] * v_stride_d
     columns_ok = (columns < dv)[None, :]
-    mask_at = MASK_PTR + b * mask_stride_b + h * mask_stride_h + rows.to(tl.int64)[:, None] * mask_stride_m
+    # within a tile 32 bits are enough, and half the registers
+    mask_at = MASK_PTR + b * mask_stride_b + h * mask_stride_h + (block * BLOCK_M).to(tl.int64) * mask_stride_m
+    mask_rows = tl.arange(0, BLOCK_M)[:, None] * mask_stride_m
 
     # the first key that the first query does not see, and the one after the last that the last query does
     plain_end, end = skv, skv
@@ -76,19 +78,13 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DVP], tl.float32)
     if MASK == NO_MASK:
-        if AHEAD:
-            acc, total, top = ahead_blocks(
-                acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
-                BLOCK_N, DP, V_TAIL,
-            )  # fmt: skip
-        else:
-            acc, total, top = plain_blocks(
-                acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
-                BLOCK_N, DP, V_TAIL,
-            )  # fmt: skip
+        acc, total, top = plain_blocks(
+            acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, 0, plain_end,
+            BLOCK_N, DP, V_TAIL,
+        )  # fmt: skip
     acc, total, top = masked_blocks(
         acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, v_stride_s, plain_end, end,
-        rows, sq, skv, offset, mask_at, mask_stride_n, BLOCK_N, DP, CAUSAL, MASK,
+        rows, sq, skv, offset, mask_at, mask_rows, mask_stride_n, BLOCK_N, DP, CAUSAL, MASK,
     )  # fmt: skip
 
     empty = top == float("-inf")
@@ -163,7 +159,7 @@ def attention(
     if skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     dp, dvp = attention_prepare.padded_head(d), max(16, triton.next_power_of_2(max(dv, 1)))
-    tile = tile or tiles(capability(q), max(dp, dvp), sq)
+    tile = tile or tiles(capability(q), max(dp, dvp), sq, mask is not None)
     x = attention_prepare.quantize(q, k, scale, tile.block_m, tile.block_n, return_lse)
     v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
@@ -174,7 +170,7 @@ def attention(
         sq, skv, dv, heads, heads // kv_heads, m_blocks, n_blocks, skv - sq if bottom_right else 0, scale,
         *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
-        CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse, AHEAD=tile.ahead,
+        CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out, lse

@@ -57,53 +57,13 @@ def plain_blocks(
 
 
 @triton.jit
-def _load_v(v_at, v_columns_ok, V_TAIL: tl.constexpr):
-    if V_TAIL:
-        return tl.load(v_at, mask=v_columns_ok, other=0.0)
-    else:
-        return tl.load(v_at)
-
-
-@triton.jit
-def _softmax_step(x, highest, c, top, total):
-    new = tl.maximum(top, (highest - BIAS) * c)
-    p = tl.math.exp2(x * c[:, None] - (new + BIAS * c)[:, None])
-    keep = tl.math.exp2(top - new)
-    return p, keep, new, total * keep + tl.sum(p, 1)
-
-
-@triton.jit
-def ahead_blocks(
-    acc, total, top, q, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
-    BLOCK_N: tl.constexpr, DP: tl.constexpr, V_TAIL: tl.constexpr,
-):  # fmt: skip
-    """`plain_blocks` with P V one step behind: on Hopper the matrix unit multiplies P V while the next softmax runs."""
-    if low < high:
-        c = q_scale * tl.load(k_scale_at + low // BLOCK_N)
-        x = biased_float(tl.dot(q, tl.trans(tl.load(k_at + low * DP)), out_dtype=tl.int32))
-        p, keep, top, total = _softmax_step(x, tl.max(x, 1), c, top, total)
-        for start in tl.range(low + BLOCK_N, high, BLOCK_N):
-            start = tl.multiple_of(start, BLOCK_N)
-            k = tl.load(k_at + start.to(tl.int64) * DP)
-            x = biased_float(tl.dot(q, tl.trans(k), out_dtype=tl.int32))
-            highest = tl.max(x, 1)
-            c = q_scale * tl.load(k_scale_at + start // BLOCK_N)
-            v = _load_v(v_at + (start - BLOCK_N).to(tl.int64) * stride_v, v_columns_ok, V_TAIL)
-            # a dependence that changes nothing: without it the compiler puts this product first, and then waits for it
-            acc = tl.dot(p.to(v.dtype), v, acc * (keep + 0.0 * highest)[:, None])
-            p, keep, top, total = _softmax_step(x, highest, c, top, total)
-        v = _load_v(v_at + (high - BLOCK_N).to(tl.int64) * stride_v, v_columns_ok, V_TAIL)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
-    return acc, total, top
-
-
-@triton.jit
 def masked_blocks(
     acc, total, top, q, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
-    rows, sq, skv, offset, mask_at, stride_mask_n,
+    rows, sq, skv, offset, mask_at, mask_rows, stride_mask_n,
     BLOCK_N: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Keys from `low`, the first of a block, to `high`. `mask_at` [BLOCK_M, 1] points to a query's row of the mask."""
+    """Keys from `low`, the first of a block, to `high`. `mask_at` points to the first query's row of the mask,
+    `mask_rows` [BLOCK_M, 1] are the distances of the others."""
     for start in tl.range(low, high, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
@@ -115,7 +75,9 @@ def masked_blocks(
             seen = seen & (keys[None, :] <= rows[:, None] + offset)
         if MASK != NO_MASK:
             inside = (rows < sq)[:, None] & (keys < skv)[None, :]
-            entry = tl.load(mask_at + keys.to(tl.int64)[None, :] * stride_mask_n, mask=inside, other=0)
+            entry_at = mask_at + start.to(tl.int64) * stride_mask_n
+            entry_at = entry_at + (mask_rows + tl.arange(0, BLOCK_N)[None, :] * stride_mask_n)
+            entry = tl.load(entry_at, mask=inside, other=0)
             if MASK == BOOL_MASK:
                 seen = seen & (entry != 0)
             else:

@@ -2,7 +2,7 @@
 
     tokens        launches
     1             1   linear_narrow quantizes x itself
-    <= 64         2   quantize_tokens, linear_narrow
+    <= 32         2   quantize_tokens, linear_narrow
     more          2   quantize_tokens, linear_wide
 
 With K split over programs one more, which clears the partial sums.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: Up to here linear_narrow runs: one tile of tokens, the weight is read once.
-NARROW_TOKENS = 64
-#: Programs that a launch should have at least: a few for each multiprocessor.
-PROGRAMS = 264
+NARROW_TOKENS = 32
+#: Multiprocessors of an H100; a launch should have about one program for each.
+PROCESSORS = 132
+#: Fewer programs than this read the weight too slowly: K is split.
+FEW = 96
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,20 @@ class NarrowTiles:
 
 
 def wide_tiles(capability: int, m: int, n: int, k: int) -> WideTiles:
-    if 90 <= capability < 100:  # wgmma: at least 64 tokens a warpgroup
-        if m <= 128 or n * m <= 132 * 128 * 128:
-            return WideTiles(64, 128, 128, 4, 4)
-        return WideTiles(128, 256, 128, 8, 3)
-    if m <= 128:
-        return WideTiles(64, 128, 64, 4, 4)
-    return WideTiles(128, 128, 64, 4, 3)
+    """Measured on an H100 at 128, 2048 and 8192 tokens, docs/design/010; other GPUs: not measured."""
+    hopper = 90 <= capability < 100
+    if -(-m // 128) * -(-n // 128) >= PROCESSORS and m > 128:
+        # 4 warps are 1 % faster and spill in the epilogue of an activation
+        return WideTiles(128, 128, 128, 8, 3) if hopper else WideTiles(128, 128, 64, 8, 3)
+    if hopper and -(-n // 64) < PROCESSORS and m <= 128:
+        return WideTiles(64, 32, 128, 4, 8)  # many small pieces in flight: the weight comes from memory
+    return WideTiles(64, 64, 128, 4, 4)
 
 
 def narrow_tiles(capability: int, m: int, n: int, k: int) -> NarrowTiles:
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    block_n = 32 if n >= 32 * PROGRAMS or m > 16 else 16
-    block_k = 256 if block_m <= 32 else 128
-    tiles = -(-n // block_n)
+    """Measured on an H100 at 1 and 16 tokens, 4096 and 11008 channels; split K: by rule, slower where programs suffice."""
+    tiles = -(-n // 32)
     split_k = 1
-    while tiles * split_k * 2 <= 2 * PROGRAMS and k >= 4 * block_k * split_k and split_k < 16:
+    while tiles * split_k < FEW and k >= 512 * split_k and split_k < 16:
         split_k *= 2
-    return NarrowTiles(block_m, block_n, block_k, 4, 4, split_k)
+    return NarrowTiles(16 if m <= 16 else 32, 32, 256, 4, 6 if tiles <= PROCESSORS else 4, split_k)

@@ -1,14 +1,14 @@
 """int8 linear, many tokens: a tile of BLOCK_M tokens x BLOCK_N channels a program.
 
-    a [M, Kp] int8, rows of whole 16-byte words       weight [N, K] int8, the storage layout
-    both with K along the row, which is what the 8-bit matrix instructions want: nothing is transposed
+   a [M, Kp] int8, rows of whole 16-byte words       weight [N, K] int8, the storage layout
+   both with K along the row, which is what the 8-bit matrix instructions want: nothing is transposed
 
-    order of the tiles: GROUP rows of tiles, column by column          0 3 6 |
-    so that programs which run together share tokens and channels      1 4 7 |  GROUP = 3
-    in the second-level cache                                          2 5 8 |
+   order of the tiles: GROUP rows of tiles, column by column          0 3 6 |
+   so that programs which run together share tokens and channels      1 4 7 |  GROUP = 3
+   in the second-level cache                                          2 5 8 |
 
- 1. acc = Σ over blocks of K of a · weightᵀ, exact in int32 (K <= 65536)
- 2. linear_finish
+1. acc = Σ over blocks of K of a · weightᵀ, exact in int32 (K <= 65536)
+2. linear_finish
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import all_finite, clamp, reciprocal, round_half_even, steps
+from .numbers import all_finite, clamp, finite, reciprocal, round_half_even, steps
 
 #: Values of a row that a program keeps in registers: 16 bytes a thread and load with 8 warps.
 LONGEST_BLOCK = 8192
@@ -61,29 +61,32 @@ def quantize_rows(
     inside = (rows < m)[:, None]
     row_ptr = X + rows.to(tl.int64)[:, None] * stride_m
     out_ptr = Q + rows.to(tl.int64)[:, None] * k_padded
-    low = tl.zeros([ROWS], tl.float32)
-    high = tl.zeros([ROWS], tl.float32)
-    ok = tl.full([ROWS], 1, tl.int1)
-    x = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        at = (start + columns)[None, :]
-        x = tl.load(row_ptr + at.to(tl.int64) * stride_k, mask=inside & (at < k), other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(x, 1))
-        high = tl.maximum(high, tl.max(x, 1))
-        ok = ok & all_finite(x, 1)
-    scale, inverse, zero = scale_of_range(low, high, ok, STEP, LOWEST, SYMMETRIC)
-    tl.store(SCALE + rows, scale, mask=rows < m)
-    tl.store(ZERO + rows, zero.to(tl.int32), mask=rows < m)
     if ONE_BLOCK:
         at = columns[None, :]
-        q = integers(x, ok[:, None], inverse[:, None], zero[:, None], Q_MAX, SYMMETRIC)
+        x = tl.load(row_ptr + at.to(tl.int64) * stride_k, mask=inside & (at < k), other=0.0).to(tl.float32)
+        row_ok = all_finite(x, 1)
+        low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+        scale, inverse, zero = scale_of_range(low, high, row_ok, STEP, LOWEST, SYMMETRIC)
+        q = integers(x, row_ok[:, None], inverse[:, None], zero[:, None], Q_MAX, SYMMETRIC)
         tl.store(out_ptr + at, tl.where(at < k, q, 0), mask=inside & (at < k_padded))
     else:
+        # element by element, reduced after the loop: Triton 3.6 fails to compile a loop of reductions used twice
+        lows = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        highs = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        oks = tl.full([ROWS, BLOCK_K], 1, tl.int1)
         for start in range(0, k, BLOCK_K):
             at = (start + columns)[None, :]
             x = tl.load(row_ptr + at.to(tl.int64) * stride_k, mask=inside & (at < k), other=0.0).to(tl.float32)
-            q = integers(x, ok[:, None], inverse[:, None], zero[:, None], Q_MAX, SYMMETRIC)
+            lows, highs, oks = tl.minimum(lows, x), tl.maximum(highs, x), oks & finite(x)
+        row_ok = tl.min(oks.to(tl.int32), 1) != 0
+        scale, inverse, zero = scale_of_range(tl.min(lows, 1), tl.max(highs, 1), row_ok, STEP, LOWEST, SYMMETRIC)
+        for start in range(0, k_padded, BLOCK_K):
+            at = (start + columns)[None, :]
+            x = tl.load(row_ptr + at.to(tl.int64) * stride_k, mask=inside & (at < k), other=0.0).to(tl.float32)
+            q = integers(x, row_ok[:, None], inverse[:, None], zero[:, None], Q_MAX, SYMMETRIC)
             tl.store(out_ptr + at, tl.where(at < k, q, 0), mask=inside & (at < k_padded))
+    tl.store(SCALE + rows, scale, mask=rows < m)
+    tl.store(ZERO + rows, zero.to(tl.int32), mask=rows < m)
 
 
 def padded_width(k: int) -> int:
