@@ -1,7 +1,7 @@
 """GPU kernels in Triton.
 
-A module here imports `triton`, torch and its neighbours, nothing else of tcompress: the ops above check the arguments and
-know the references. Importing this package imports nothing, so that it is there without Triton too.
+A module here imports `triton`, torch and its neighbours, nothing else of tcompress: the ops above check the arguments
+and know the references. Importing this package imports nothing, so that it is there without Triton too.
 
     numbers              rounding and scales, as the references of the ops define them
     quantize_tokens      float rows -> integers, one scale a row

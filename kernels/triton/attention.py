@@ -12,11 +12,11 @@
  4. masked_blocks up to the last key that a query sees.
  5. Divide by the sums; zeros where a query has seen no key. The logarithm of the sum, with what smoothing took from it.
 
-V is read where it lies: float16 and bfloat16 as they are (P is rounded to the same type), float32 rounded to bfloat16, whose
-range it has. The result is in memory [B, Sq, H, Dv], as that of the CPU kernels.
+V is read where it lies: float16 and bfloat16 as they are (P is rounded to the same type), float32 rounded to
+bfloat16, whose range it has. The result is in memory [B, Sq, H, Dv], as that of the CPU kernels.
 
-A V token that is not finite spoils queries of all blocks that touch it, seen or not (0 · NaN), as in torch's own attention
-in plain operations; a K token: attention_prepare.
+A V token that is not finite spoils queries of all blocks that touch it, seen or not (0 · NaN), as in torch's own
+attention in plain operations; a K token: attention_prepare.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ For BLOCK_M queries in registers, each step takes BLOCK_N keys:
  4. sums and output so far times 2^(old top - top), plus p and p V
 
 Two forms. `plain`, for blocks in which every query sees every key: the float of x is made by adding BIAS to the integer
-accumulator, and 2 and 3 are one fused multiply and add. What that rounds, 0.75 c, is the same for all keys of the block and
-below one unit of x. `masked`, for the diagonal, the tail and masks: -inf where a query does not see a key; a query that has
-seen none keeps top = -inf, and 0 is subtracted instead.
+accumulator, and 2 and 3 are one fused multiply and add. What that rounds, 0.75 c, is the same for all keys of the
+block and below one unit of x. `masked`, for the diagonal, the tail and masks: -inf where a query does not see a key;
+a query that has seen none keeps top = -inf, and 0 is subtracted instead.
 
 Papers: Milakov & Gimelshein, arXiv 1805.02867, section 3; Dao et al., arXiv 2205.14135, section 3.1.
 """

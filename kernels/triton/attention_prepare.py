@@ -3,17 +3,17 @@
     q [B, H, Sq, D]    ->  [B·H, Sqp, Dp] int8     scale [B·H, Sqp]: a token's own, times |scale of the scores| · log2 e
     k [B, Hkv, Skv, D] ->  [B·Hkv, Skp, Dp] int8   scale [B·Hkv, Skp / BLOCK_N]: one a block of keys
 
-Dp: D up to a power of two, at least 32. Sqp, Skp: up to whole blocks. All padding is 0, so the attention kernel loads Q and K
-without a mask. One scale a block of keys rather than a key: the running maximum is then taken before scaling, and the
-inner loop multiplies once. Queries have one each: there it costs nothing.
+Dp: D up to a power of two, at least 32. Sqp, Skp: up to whole blocks. All padding is 0, so the attention kernel loads
+Q and K without a mask. One scale a block of keys rather than a key: the running maximum is then taken before scaling,
+and the inner loop multiplies once. Queries have one each: there it costs nothing.
 
  1. key_sums: sums of K over pieces of the tokens; a fixed order, no atomics, so the result is always the same.
  2. quantize: a program takes a block of queries, or a block of keys less their mean. The mean is put together from the
     pieces by every program; a channel whose mean is not finite is not smoothed.
 
-Smoothing K leaves the softmax as it is but takes `scale · q·mean` from the logarithm of its denominator; SHIFT gives it back.
-A query that is not finite has scale NaN; so has a block of keys with a key that is not, and every query that sees a key of
-the block becomes NaN.
+Smoothing K leaves the softmax as it is but takes `scale · q·mean` from the logarithm of its denominator; SHIFT gives
+it back. A query that is not finite has scale NaN; so has a block of keys with a key that is not, and every query that
+sees a key of the block becomes NaN.
 
 Paper: Zhang et al. (SageAttention), arXiv 2410.02367, section 4.2.
 """

@@ -24,15 +24,15 @@ class Tiles:
 #: Up to here a smaller tile is faster where heads have 64: the diagonal and the last wave are less of the work.
 SHORT = 2048
 
-# Hopper: measured on an H100, docs/design/010. With 128 registers two programs share a multiprocessor, and one multiplies while the
-# other is in its softmax: 632 against 465 TOPS.
+# Hopper: measured on an H100, docs/design/010. With 128 registers two programs share a multiprocessor, and one
+# multiplies while the other is in its softmax: 632 against 465 TOPS.
 _HOPPER_64_SHORT = Tiles(64, 64, 4, 3)
 _HOPPER_64 = Tiles(128, 128, 4, 3)
 _HOPPER_128 = Tiles(128, 64, 8, 3, registers=128)
 _HOPPER_256 = Tiles(128, 64, 8, 2)
 
-# Not measured, chosen so that nothing spills. Others than Hopper: shared memory of 99 KiB (8.6, 8.9) suffices. With a mask tensor, a tile
-# of it is in flight and in registers too.
+# Not measured, chosen so that nothing spills. Others than Hopper: shared memory of 99 KiB (8.6, 8.9) suffices. With a
+# mask tensor, a tile of it is in flight and in registers too.
 _ANY = Tiles(64, 64, 4, 2)
 _ANY_256 = Tiles(64, 32, 8, 2)
 _MASK_64 = Tiles(64, 32, 4, 2)

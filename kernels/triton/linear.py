@@ -38,7 +38,8 @@ def linear(
     """`tcompress.ops.int8_linear` for a weight in the storage layout; checked arguments.
 
     Args:
-        x: [..., K], weight [N, K] int8 (last stride 1), weight_scale [N], bias [N], residual [..., N]: as the op has them.
+        x: [..., K], weight [N, K] int8 (last stride 1), weight_scale [N], bias [N], residual [..., N]: as the op has
+        them.
         weight_sum: [N] int32, `weight.sum(1)`; computed here if needed and not given (asymmetric activations).
         tile, fuse_quantizer: other than `linear_tiles` has; fusing needs one token.
 
@@ -76,12 +77,12 @@ def linear(
         nowhere if weight_sum is None else weight_sum, nowhere if bias is None else bias.contiguous(),
         nowhere if residual is None else residual, out,
     )  # fmt: skip
-    flags = dict(
-        HAS_ZERO=not act_symmetric, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS.index(activation), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    flags = {
+        "HAS_ZERO": not act_symmetric, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": ACTIVATIONS.index(activation), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
     stride_residual = 0 if residual is None else residual.stride(0)
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     if isinstance(tile, WideTiles):
         linear_wide[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
             *pointers, m, n, k, a.stride(0), weight.stride(0), stride_residual,

@@ -7,8 +7,8 @@
  1. QUANTIZE, one token: x in floats; every program finds its range and quantizes what it reads, one launch in all.
     Else: integers from quantize_tokens.
  2. acc over the program's part of K.
- 3. SPLIT > 1: add acc into PARTIAL [tiles, BLOCK_M, BLOCK_N] int32, which is exact in any order; the program that finds all others
-    of the slice done reads the sum. PARTIAL and DONE [tiles] start as zeros.
+ 3. SPLIT > 1: add acc into PARTIAL [tiles, BLOCK_M, BLOCK_N] int32, which is exact in any order; the program that
+    finds all others of the slice done reads the sum. PARTIAL and DONE [tiles] start as zeros.
  4. linear_finish
 
 M <= BLOCK_M: there is one tile of tokens.

@@ -14,7 +14,8 @@ FEW = 96
 
 @dataclass(frozen=True)
 class WideTiles:
-    """Tokens, channels and products of a tile; warps; tiles in flight; how many rows of tiles share a run over the weight."""
+    """Tokens, channels and products of a tile; warps; tiles in flight; how many rows of tiles share a run over the
+    weight."""
 
     block_m: int
     block_n: int
@@ -48,7 +49,8 @@ def wide_tiles(capability: int, m: int, n: int, k: int) -> WideTiles:
 
 
 def narrow_tiles(capability: int, m: int, n: int, k: int) -> NarrowTiles:
-    """Measured on an H100 at 1 and 16 tokens, 4096 and 11008 channels; split K: by rule, slower where programs suffice."""
+    """Measured on an H100 at 1 and 16 tokens, 4096 and 11008 channels; split K: by rule, slower where programs
+    suffice."""
     tiles = -(-n // 32)
     split_k = 1
     while tiles * split_k < FEW and k >= 512 * split_k and split_k < 16:

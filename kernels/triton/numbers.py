@@ -1,7 +1,7 @@
 """Rounding and scales: device functions that follow `quantize_per_token` bit for bit.
 
-A kernel that calls these is launched with `enable_fp_fusion=False`: a product fused into the sum after it is rounded once
-where the definition rounds twice, and the integer of a tie would differ.
+A kernel that calls these is launched with `enable_fp_fusion=False`: a product fused into the sum after it is rounded
+once where the definition rounds twice, and the integer of a tie would differ.
 """
 
 from __future__ import annotations
@@ -63,6 +63,6 @@ def clamp(x, low, high):
 
 @triton.jit
 def biased_float(x):
-    """int32 below 2^22 in magnitude -> float32 BIAS + x, exact: one integer addition. The conversion proper runs on the unit of
-    exp2, which is the scarce one in attention."""
+    """int32 below 2^22 in magnitude -> float32 BIAS + x, exact: one integer addition. The conversion proper
+    runs on the unit of exp2 on 8.x, which is the scarce one in attention, and at half rate on 9.0."""
     return (x + BIAS_BITS).to(tl.float32, bitcast=True)

@@ -1,10 +1,11 @@
 """Per-token quantization: float rows to integers, as `quantize_per_token` defines them, bit for bit.
 
-    x [M, K] any float, strided  ->  q [M, Kp] int8 (uint8 values up to 127 fit too; Kp: K up to a multiple of 16, padding 0)
+    x [M, K] any float, strided  ->  q [M, Kp] int8 (uint8 values up to 127 fit too; Kp: K up to a multiple of 16,
+    padding 0)
                                      scale [M] float32, zero_point [M] int32
 
- 1. One program a row (short rows: several). A row that fits is read once and kept in registers; a longer one is read twice,
-    the second time from the second-level cache.
+ 1. One program a row (short rows: several). A row that fits is read once and kept in registers; a longer one is read
+    twice, the second time from the second-level cache.
  2. Largest magnitude (or lowest and highest), whether all is finite.
  3. scale, its reciprocal, integers; a row that is not finite has scale NaN and integers 0.
 
@@ -104,7 +105,8 @@ def quantize_tokens(
         symmetric: see `tcompress.ops.quantize_per_token`.
 
     Returns:
-        q: [M, Kp] int8, columns from K on are 0 (the zero point of a padded column is not subtracted: multiply with zeros).
+        q: [M, Kp] int8, columns from K on are 0 (the zero point of a padded column is not subtracted: multiply with
+        zeros).
         scale: [M] float32. zero_point: [M] int32.
     """
     m, k = x.shape

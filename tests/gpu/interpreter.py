@@ -1,4 +1,5 @@
-"""Triton's interpreter, made right for bfloat16: as it is, it multiplies the bits of bfloat16 as integers, and rounds down.
+"""Triton's interpreter, made right for bfloat16: as it is, it multiplies the bits of bfloat16 as integers, and rounds
+down.
 
 Import before the kernels; it needs TRITON_INTERPRET=1 to be set before triton is first imported.
 """

@@ -13,6 +13,7 @@ triton_cases.require()
 from tcompress.kernels.triton import attention_prepare  # noqa: E402
 from tcompress.kernels.triton.attention import attention, unsupported  # noqa: E402
 from tcompress.kernels.triton.attention_tiles import Tiles, tiles  # noqa: E402
+
 from tcompress.ops.attention_numbers import quantize_tokens  # noqa: E402
 
 
@@ -51,8 +52,8 @@ def test_accuracy_on_normal_inputs(tokens, d, causal):
     expected, _ = exact(q, k, v, causal=causal)
     assert cosine(out, expected) >= 0.9998
     assert relative(out, expected) <= 0.021
-    # The published 7.3e-4 is for long sequences: the output is a mean over the keys seen, so its error, 1.1 % of it, shrinks as
-    # 1/√tokens. Neither 256 tokens nor the first rows of a causal mask can reach it with 8 bits.
+    # The published 7.3e-4 is for long sequences: the output is a mean over the keys seen, so its error, 1.1 % of it,
+    # shrinks as 1/√tokens. Neither 256 tokens nor the first rows of a causal mask can reach it with 8 bits.
     if tokens == 1024 and not causal:
         assert (out.double() - expected).square().mean().sqrt() <= 7.3e-4
 
@@ -96,8 +97,11 @@ def test_shapes_masks_and_types(shape, causal, mask, dtype):
     out, lse = attention(q, k, v, mask, bottom_right=bottom_right, causal=causal is not None, return_lse=True)
     expected, expected_lse = exact(q, k, v, mask, causal is not None, skv - sq if bottom_right else 0)
     empty = torch.isinf(expected_lse)
-    assert out.dtype == dtype and out.shape == (2, h, sq, dv) and out.transpose(1, 2).is_contiguous()
-    assert torch.equal(empty, torch.isinf(lse)) and (out[empty] == 0).all()
+    assert out.dtype == dtype
+    assert out.shape == (2, h, sq, dv)
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.equal(empty, torch.isinf(lse))
+    assert (out[empty] == 0).all()
     assert torch.equal(k, kept)
     if not empty.all():
         assert (lse - expected_lse)[~empty].abs().max() < 0.06
@@ -108,7 +112,8 @@ def test_negative_scale_and_stacked_masks():
     q, k, v = heads(1, 2, 90, 64), heads(1, 1, 90, 64, seed=1), heads(1, 1, 90, 64, seed=2)
     out, lse = attention(q, k, v, None, causal=True, scale=-0.2, return_lse=True)
     expected, expected_lse = exact(q, k, v, causal=True, scale=-0.2)
-    assert relative(out, expected) <= 0.025 and (lse - expected_lse).abs().max() < 0.06
+    assert relative(out, expected) <= 0.025
+    assert (lse - expected_lse).abs().max() < 0.06
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,8 @@ def test_a_block_of_keys_is_smoothed_and_scaled():
     back = got.k.view(2, 64, 32).float() * got.k_scale.view(2, 1, 1)
     smoothed = (k - k.mean(2, keepdim=True))[0, 0]
     assert ((back.view(128, 32)[:100] - smoothed).abs() <= got.k_scale.max() * 0.501).all()
-    assert got.k.abs().amax() == 127 and (got.k.view(128, 32)[100:] == 0).all()
+    assert got.k.abs().amax() == 127
+    assert (got.k.view(128, 32)[100:] == 0).all()
 
 
 def test_what_is_not_finite_spoils_who_sees_it():
@@ -148,7 +154,8 @@ def test_what_is_not_finite_spoils_who_sees_it():
     q[0, 0, 7, 3], k[0, 0, 150, 0] = 0, math.inf
     out, lse = attention(q, k, v, causal=True, return_lse=True)
     bad = out[0, 0].isnan().any(-1)
-    assert bad[150:].all() and not bad[:128].any()  # 128: the block of the key begins
+    assert bad[150:].all()
+    assert not bad[:128].any()
     assert lse[0, 0, 150:].isnan().all()
 
 
@@ -159,7 +166,8 @@ def test_zeros_and_huge_values():
     torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True).expand_as(out), rtol=0, atol=1e-3)
     big = v.to(torch.bfloat16) * 1e30  # beyond float16
     out, _ = attention(zeros.bfloat16(), zeros.bfloat16(), big)
-    assert out.isfinite().all() and out.abs().max() > 1e28
+    assert out.isfinite().all()
+    assert out.abs().max() > 1e28
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
@@ -167,18 +175,20 @@ def test_empty_axes(shape):
     b, h, s, d = shape
     q = torch.zeros(b, h, s, d)
     out, lse = attention(q, q, q, return_lse=True)
-    assert out.shape == shape and lse.shape == (b, h, s)
+    assert out.shape == shape
+    assert lse.shape == (b, h, s)
 
 
 def test_no_keys():
     q, k = heads(1, 2, 3, 32), heads(1, 2, 0, 32)
     out, lse = attention(q, k, k, return_lse=True)
-    assert (out == 0).all() and (lse == -math.inf).all()
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
 
 
 def test_unsupported_says_why():
     x = torch.zeros(1, 1, 4, 32)
-    fine = dict(bits=8, bottom_right=False, left=-1, right=0, softcap=0.0, scale=1.0, return_lse=False)
+    fine = {"bits": 8, "bottom_right": False, "left": -1, "right": 0, "softcap": 0.0, "scale": 1.0, "return_lse": False}
     assert unsupported(x, x, x, None, **fine) is None
     assert "bits" in unsupported(x, x, x, None, **fine | {"bits": 12})
     assert "window" in unsupported(x, x, x, None, **fine | {"left": 3})
@@ -191,4 +201,6 @@ def test_tiles_are_whole(capability, head):
     for sq in (1, 64, 4096):
         for masked in (False, True):
             tile = tiles(capability, head, sq, masked)
-            assert tile.block_m % 64 == 0 and tile.block_n in (32, 64, 128) and tile.warps in (4, 8)
+            assert tile.block_m % 64 == 0
+            assert tile.block_n in (32, 64, 128)
+            assert tile.warps in (4, 8)

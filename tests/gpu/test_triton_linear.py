@@ -1,4 +1,5 @@
-"""The linear kernels and their quantizer in Triton's interpreter: integers bit for bit, floats against the reference."""
+"""The linear kernels and their quantizer in Triton's interpreter: integers bit for bit, floats against the
+reference."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ import triton_cases
 
 triton_cases.require()
 
-import tcompress.ops  # noqa: E402, F401
 from tcompress.kernels.triton import quantize_tokens as quantizer  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.linear_tiles import NarrowTiles, WideTiles, narrow_tiles, wide_tiles  # noqa: E402
+
+import tcompress.ops  # noqa: E402, F401
 
 # the names in the package are the functions
 per_token = sys.modules["tcompress.ops.quantize_per_token"]
@@ -34,7 +36,8 @@ def test_quantizer_is_exact(shape, bits, symmetric, dtype):
         x[1], x[2, -1], x[0, 0] = 0, math.nan, 1e4
     q, scale, zero = quantizer.quantize_tokens(x, bits, symmetric)
     expected, expected_scale, expected_zero = per_token.reference(x, bits, symmetric)
-    assert torch.equal(q[:, : shape[1]].int(), expected.int()) and (q[:, shape[1] :] == 0).all()
+    assert torch.equal(q[:, : shape[1]].int(), expected.int())
+    assert (q[:, shape[1] :] == 0).all()
     assert torch.equal(scale.view(torch.int32), expected_scale[:, 0].contiguous().view(torch.int32))
     assert torch.equal(zero, expected_zero[:, 0])
 
@@ -43,7 +46,8 @@ def test_quantizer_takes_strides():
     x = random(40, 6).t()[::2]
     q, scale, _ = quantizer.quantize_tokens(x)
     expected, expected_scale, _ = per_token.reference(x, 8, True)
-    assert torch.equal(q[:, :40], expected) and torch.equal(scale, expected_scale[:, 0])
+    assert torch.equal(q[:, :40], expected)
+    assert torch.equal(scale, expected_scale[:, 0])
 
 
 def arguments(m, n, k, dtype, seed=0):
@@ -52,8 +56,8 @@ def arguments(m, n, k, dtype, seed=0):
 
 
 SHAPES = [
-    (1, 1, 1), (1, 33, 100), (1, 70, 2100), (2, 5, 0), (0, 4, 4), (3, 16, 1024), (5, 128, 256), (16, 31, 257), (17, 40, 64),
-    (33, 33, 300), (64, 65, 127), (65, 130, 70), (130, 257, 129),
+    (1, 1, 1), (1, 33, 100), (1, 70, 2100), (2, 5, 0), (0, 4, 4), (3, 16, 1024), (5, 128, 256), (16, 31, 257), (17,
+    40, 64), (33, 33, 300), (64, 65, 127), (65, 130, 70), (130, 257, 129),
 ]  # fmt: skip
 
 
@@ -110,10 +114,8 @@ def test_rows_that_are_not_finite():
     for rows in (x, x[2:3]):
         for activation in int8_linear.ACTIVATIONS:
             out = linear(rows, weight, scale, activation=activation)
-            assert (
-                torch.equal(out.isnan().all(1), ~rows.isfinite().all(1))
-                and out.isnan().any(1).sum() == out.isnan().all(1).sum()
-            )
+            assert torch.equal(out.isnan().all(1), ~rows.isfinite().all(1))
+            assert out.isnan().any(1).sum() == out.isnan().all(1).sum()
 
 
 def test_leading_axes_and_strides():

@@ -10,7 +10,8 @@ import torch
 
 
 def require() -> None:
-    """Call before the kernels are imported. The interpreter is for the whole process, so it is not forced on a machine with a GPU."""
+    """Call before the kernels are imported. The interpreter is for the whole process, so it is not forced on a
+    machine with a GPU."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         if torch.cuda.is_available():
             pytest.skip("set TRITON_INTERPRET=1 to run Triton's interpreter here", allow_module_level=True)
