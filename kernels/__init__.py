@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, installed as `tcompress.kernels`. No op calls them yet: on a GPU the ops run their reference."""
+"""GPU kernels in Triton, the package `tcompress.kernels`. No op calls them yet: the ops run their reference on a GPU."""
