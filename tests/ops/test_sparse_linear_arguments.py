@@ -66,7 +66,11 @@ def test_errors_of_floats(changed, error, text):
     ("changed", "error", "text"),
     [
         *BOTH,
-        ({"layout": "unstructured"}, ValueError, "layout: got 'unstructured', expected one of ('1x4', '8x4', '2:4') for "),
+        (
+            {"layout": "unstructured"},
+            ValueError,
+            "layout: got 'unstructured', expected one of ('1x4', '8x4', '2:4') for ",
+        ),
         ({"weight_scale": SCALE.double()}, TypeError, "weight_scale: got torch.float64, expected float32"),
         ({"weight_scale": SCALE[:, None]}, ValueError, "weight_scale: got [9, 1], expected [N]"),
         ({"weight_scale": torch.ones(1700), "bias": None}, ValueError, "kernel_weight: got ["),
