@@ -5,20 +5,19 @@
 //   pair   0    1    2    3    4    5
 //   k's   0 1  0 2  0 3  1 2  1 3  2 3
 //
-// so that what an output keeps of a quad is one row, found by its number: 4 KB of a chunk's 96 rows hold everything.
+// so that what an output keeps of a quad is one of a chunk's 96 rows, found by its number.
 //
 // Outputs in groups of 48 (the last may have fewer), K in chunks of 16 quads, zero padded:
 //
 //   [N/48][K/64][48] TwoFourChunk
 //   [N/16*16] int32   sum_k w[n,k]
 //
-// A chunk's run says how many of its quads a 16-bit lane can sum, 8, 4 or 2. The lane holds one token's
-// (a - 63) w[n,k], since it starts from -63 times the sum of the run's weights: with 0 <= a <= 127 the result is
-// between
+// A chunk's run says how many of its quads a 16-bit lane can sum, 8, 4 or 2. The lane holds one token's sum of
+// (a - 63) w[n,k], since it starts from -63 times the sum of the run's weights: with 0 <= a <= 127 it ends between
 // -(63 p + 64 m) and 64 p + 63 m, where p is the sum of the run's positive weights and -m that of its negative ones.
 // What happens before the last addition does not matter, it wraps. So a run needs 64 p + 63 m <= 32767 and
-// 63 p + 64 m <= 32768, about |w| adding up to 516: twice what a lane that starts from zero may hold of either sign,
-// and far less scattered. Two quads always fit, four weights of -128 reach -32768.
+// 63 p + 64 m <= 32768, which holds while |w| add up to at most 511; a lane that starts from zero holds 258 of either
+// sign. Two quads always fit: four weights of -128 reach -32768.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,8 @@
 // 4. The sums are turned back to [token][output] and go through the epilogue of the dense layers.
 //
 // Where a path has no such kernel, and for symmetric activations, the weight is unpacked for int8_linear at each call:
-// about a nanosecond a weight, as long as 80 tokens take. A weight from int8_prepack is the better choice there, and
-// for fewer than 24 tokens, since a vector has 16 of them (docs/design/009-two-four.md).
+// about a nanosecond a weight, as long as 90 tokens take on AVX2. A weight from int8_prepack is the better choice
+// there, and for fewer than 32 tokens, since a vector has 16 of them (docs/design/009-two-four.md).
 #pragma once
 
 #include <cstdint>
