@@ -38,7 +38,8 @@ void int4_decode(const Int4SparseDecodeArgs& args) {
       for (int64_t first = 0; first < kWordUnits; first += width) {
         uint32_t positions[kWordUnits + kListSlack];
         const int64_t unit = word * kWordUnits + first;
-        const int count = list_bits(kept >> first & span_mask(width), width, static_cast<uint32_t>(unit), 1, positions);
+        const int count =
+            list_bits_256(kept >> first & span_mask(width), width, static_cast<uint32_t>(unit), 1, positions);
         if (count == 0) continue;
         for (int i = 0; i < kFour - 1; ++i) positions[count + i] = zero_unit;
         const uint8_t* nibbles = args.values + static_cast<int64_t>(at) * kInt4BlockBytes;

@@ -24,6 +24,23 @@ inline __m512i spread_512(const uint32_t* p, uint32_t bits) {
   return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(p));
 }
 
+// As assembly but where it is emulated, because GCC 12 copies every sum twice around the instruction.
+inline void dot_512(__m512i& sum, __m512i a, __m512i w) {
+#ifndef SIMDE_VERSION
+  asm("vpdpbusd %[w], %[a], %[s]" : [s] "+v"(sum) : [a] "v"(a), [w] "v"(w));
+#else
+  sum = _mm512_dpbusd_epi32(sum, a, w);
+#endif
+}
+
+inline void dot_256(__m256i& sum, __m256i a, __m256i w) {
+#ifndef SIMDE_VERSION
+  asm("vpdpbusd %[w], %[a], %[s]" : [s] "+v"(sum) : [a] "v"(a), [w] "v"(w));
+#else
+  sum = _mm256_dpbusd_epi32(sum, a, w);
+#endif
+}
+
 struct Bytes512 {
   static constexpr int kLanes = 16;
   using Sum = __m512i;
@@ -40,7 +57,10 @@ struct Bytes512 {
     _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), scale, _mm512_loadu_ps(acc)));
   }
   static __m512i spread(const uint32_t* p, uint32_t bits) { return spread_512(p, bits); }
-  static Sum multiply_add(Sum s, A a, __m512i w) { return _mm512_dpbusd_epi32(s, a, w); }
+  static Sum multiply_add(Sum s, A a, __m512i w) {
+    dot_512(s, a, w);
+    return s;
+  }
   static void store_total(uint32_t* p, Sum a, Sum b) {
     *p = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
   }
@@ -67,7 +87,10 @@ struct Floats512 {
 
 // Outputs as lanes: a block is half a zmm.
 struct Dot256 : Bytes256 {
-  static Sum multiply_add(Sum s, A a, __m256i w) { return _mm256_dpbusd_epi32(s, a, w); }
+  static Sum multiply_add(Sum s, A a, __m256i w) {
+    dot_256(s, a, w);
+    return s;
+  }
 };
 
 template <int kTokens>
@@ -76,8 +99,7 @@ struct Int4Dot {
   static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
                        const uint32_t* positions) {
 #pragma GCC unroll 4
-    for (int b = 0; b < kFour; ++b)
-      sum[b % kChains] = _mm256_dpbusd_epi32(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
+    for (int b = 0; b < kFour; ++b) dot_256(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
   }
 };
 
