@@ -12,7 +12,7 @@
 //    ends in a multiplication by its scales and an addition to float sums.
 // 4. Few tokens: outputs are the lanes, weights are unpacked in registers and stay unsigned, activations are signed,
 // and
-//    a span's sums are less 8 times the sum of the activations that it met.
+//    sums start from -8 times the sum of the activations that they will meet.
 #pragma once
 
 #include <cstdint>
@@ -86,8 +86,8 @@ struct Int4SparseTileArgs {
 
 // All words of some block rows for at most kMaxDecodeRows tokens.
 struct Int4SparseDecodeArgs {
-  const uint32_t* a;         // [tokens][a_stride], whole words and kInt4ZeroUnits zero units
-  const int32_t* unit_sums;  // likewise: the sum of a unit's activations
+  const uint32_t* a;      // [tokens][a_stride], whole words and kInt4ZeroUnits zero units
+  const int32_t* excess;  // likewise: -8 times the sum of a unit's activations
   int64_t a_stride;
   int tokens;
   const uint64_t* bitmap;
@@ -102,7 +102,12 @@ struct Int4SparseDecodeArgs {
   const float* scales;  // [rows][groups][8]
   float* acc;           // [tokens][acc_stride]; set
   int64_t acc_stride;
+  uint32_t* list;  // [kInt4ListWords * words + kInt4ListSlack]
 };
+
+// What decode lists of a word, at most: positions, and a first block and a scale for each four of them.
+constexpr int64_t kInt4ListWords = kWordUnits + 2 * kWordUnits / 4;
+constexpr int64_t kInt4ListSlack = 3 * kWordUnits;
 
 struct Int4SparseKernels {
   uint8_t flip;                                    // of the tile: 0x80 where its activations are unsigned

@@ -93,13 +93,10 @@ struct Dot256 : Bytes256 {
   }
 };
 
-template <int kTokens>
 struct Int4Dot {
-  static constexpr int kChains = dot_chains(kTokens);
-  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
-                       const uint32_t* positions) {
+  static void add_four(__m256i& sum, const __m256i (&w)[kFour], const uint32_t* a, const uint32_t* positions) {
 #pragma GCC unroll 4
-    for (int b = 0; b < kFour; ++b) dot_256(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
+    for (int b = 0; b < kFour; ++b) dot_256(sum, w[b], broadcast_256(a + positions[b]));
   }
 };
 
