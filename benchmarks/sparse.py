@@ -6,6 +6,8 @@ import torch
 from linear import Linear
 from shapes import LinearShape, SparseShape
 
+from tcompress.prune import magnitude_mask
+
 
 class SparseLinear(Linear):
     """`x wᵀ + b` with a pruned w; the error is against the pruned one, so pruning itself adds nothing to it."""
@@ -18,25 +20,7 @@ class SparseLinear(Linear):
 
 def prune(w: torch.Tensor, pattern: str, sparsity: float) -> torch.Tensor:
     """w [N, K] with zeros by magnitude. `sparsity` is a part of the blocks; 2:4 has its own."""
-    try:
-        from tcompress.prune.magnitude import magnitude_mask  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError:
-        return w * _mask(w, pattern, sparsity)
     return w * magnitude_mask(w, pattern, None if ":" in pattern else sparsity)
-
-
-def _mask(w: torch.Tensor, pattern: str, sparsity: float) -> torch.Tensor:
-    """What `magnitude_mask` gives where the blocks divide w."""
-    n, k = w.shape
-    if ":" in pattern:
-        kept, group = map(int, pattern.split(":"))
-        groups = w.abs().unflatten(1, (-1, group))
-        return torch.zeros_like(groups).scatter_(2, groups.topk(kept, dim=2).indices, 1).flatten(1).bool()
-    r, c = (1, 1) if pattern == "unstructured" else map(int, pattern.split("x"))
-    scores = w.square().view(n // r, r, k // c, c).sum((1, 3))
-    removed = round(sparsity * scores.numel())
-    keep = scores > scores.flatten().kthvalue(removed).values if removed else torch.ones_like(scores, dtype=torch.bool)
-    return keep.repeat_interleave(r, 0).repeat_interleave(c, 1)
 
 
 def kept_blocks(w: torch.Tensor, r: int, c: int) -> float:

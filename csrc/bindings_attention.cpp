@@ -4,6 +4,7 @@
 
 #include "binding_tensors.h"
 #include "cpu/attention.h"
+#include "cpu/short_attention.h"
 
 namespace {
 
@@ -59,12 +60,18 @@ cpu::AttentionArgs common_args(const Tensor& q, int64_t batch, int64_t heads, in
   return args;
 }
 
-// Lays the result out as [B, S, H, Dv]; returns it as [B, H, S, Dv] with the logarithms [B, H, S], or [0].
+int64_t at_least_1(int64_t n) { return n > 1 ? n : 1; }  // as torch counts strides
+
+// [B, H, S, Dv], laid out as [B, S, H, Dv].
+Tensor new_heads(const Tensor& q, int64_t dv) {
+  const int64_t b = q.size(0), h = q.size(1), s = q.size(2), token = at_least_1(h) * at_least_1(dv);
+  return empty_strided(q, {b, h, s, dv}, {at_least_1(s) * token, at_least_1(dv), token, 1}, q.scalar_type());
+}
+
+// The result as `new_heads` and the logarithms [B, H, S], or [0].
 std::tuple<Tensor, Tensor> new_results(const Tensor& q, int64_t dv, bool return_lse, cpu::AttentionArgs& args) {
   const int64_t b = q.size(0), h = q.size(1), s = q.size(2);
-  const auto at_least_1 = [](int64_t n) { return n > 1 ? n : 1; };  // as torch counts strides
-  const int64_t token = at_least_1(h) * at_least_1(dv);
-  Tensor out = empty_strided(q, {b, h, s, dv}, {at_least_1(s) * token, at_least_1(dv), token, 1}, q.scalar_type());
+  Tensor out = new_heads(q, dv);
   Tensor lse = return_lse
                    ? empty_strided(q, {b, h, s}, {at_least_1(h) * at_least_1(s), at_least_1(s), 1}, ScalarType::Float)
                    : empty_strided(q, {0}, {1}, ScalarType::Float);
@@ -96,6 +103,40 @@ std::tuple<Tensor, Tensor> quantized_attention(const Tensor& q_in, const Tensor&
   auto results = new_results(q, v.size(3), return_lse, args);
   cpu::attention(args, tokens_of(k), tokens_of(v), threads());
   return results;
+}
+
+Tensor short_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, int64_t first, double scale) {
+  require(q_in.dim() == 4 && k_in.dim() == 4 && v_in.dim() == 4, "short_attention: q, k, v: expected [B, H, S, D]");
+  const Tensor q = channels_last(q_in), k = channels_last(k_in), v = channels_last(v_in);
+  cpu::ShortArgs args{};
+  args.batch = q.size(0);
+  args.heads = q.size(1);
+  args.sq = q.size(2);
+  args.d = q.size(3);
+  args.kv_heads = k.size(1);
+  args.skv = k.size(2);
+  args.dv = v.size(3);
+  require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() && k.size(0) == args.batch &&
+              v.size(0) == args.batch && v.size(1) == args.kv_heads && v.size(2) == args.skv && k.size(3) == args.d,
+          "short_attention: q, k, v: expected one type and shapes that fit");
+  require(args.d <= cpu::kMaxHeadDim && args.dv <= cpu::kMaxHeadDim, "short_attention: D: expected at most 256");
+  require(args.skv <= cpu::kKeyBlock, "short_attention: Skv: expected at most 64");
+  require(args.kv_heads > 0 ? args.heads % args.kv_heads == 0 : args.heads == 0,
+          "short_attention: H: expected a multiple of Hkv");
+  require(std::isfinite(scale), "short_attention: scale: expected a finite number");
+  args.dtype = float_dtype(q.scalar_type());
+  args.q = tokens_of(q);
+  args.k = tokens_of(k);
+  args.v = tokens_of(v);
+  args.first = first;
+  args.scale = static_cast<float>(scale);
+  Tensor out = new_heads(q, args.dv);
+  args.out = out.data_ptr();
+  args.out_stride_b = args.sq * args.heads * args.dv;
+  args.out_stride_h = args.dv;
+  args.out_stride_s = args.heads * args.dv;
+  cpu::short_attention(args, threads());
+  return out;
 }
 
 // Offsets that rise from 0 to the number of tokens.
@@ -197,6 +238,7 @@ std::tuple<Tensor, Tensor> kv_cache_attention(const Tensor& q_in, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(tcompress, CPU, m) {
   m.impl("quantized_attention", TORCH_BOX(&quantized_attention));
+  m.impl("short_attention", TORCH_BOX(&short_attention));
   m.impl("quantized_attention_varlen", TORCH_BOX(&quantized_attention_varlen));
   m.impl("kv_cache_append", TORCH_BOX(&kv_cache_append));
   m.impl("kv_cache_attention", TORCH_BOX(&kv_cache_attention));

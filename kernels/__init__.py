@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, installed as `tcompress.kernels`. None yet: on a GPU the ops run their torch reference."""
+"""GPU kernels in Triton, the package `tcompress.kernels`. No op calls them yet: on a GPU the references run."""

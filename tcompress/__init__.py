@@ -13,7 +13,7 @@ from tcompress.ops import (
     quantized_attention_varlen,
 )
 from tcompress.quantize import QuantArgs, Scheme
-from tcompress.recipe import Quantize, Recipe, presets
+from tcompress.recipe import Prune, Quantize, Recipe, Sparse, presets
 from tcompress.report.report import Report
 
 __version__ = "0.1.0"
@@ -23,11 +23,13 @@ register_when_imported()
 __all__ = [
     "CompressResult",
     "KVCache",
+    "Prune",
     "QuantArgs",
     "Quantize",
     "Recipe",
     "Report",
     "Scheme",
+    "Sparse",
     "compress",
     "explain",
     "int8_attention",

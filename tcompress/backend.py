@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
@@ -25,6 +25,8 @@ from tcompress.errors import ReferencePathWarning, message
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 Unsupported = Callable[..., str | None]
+#: What torch.library itself enters when no gradient is wanted; not public, and a release without it is merely slower.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Explanation:
 
 _kernels: dict[str, dict[str, Unsupported]] = {}
 _references: dict[str, Callable[..., Any]] = {}
+_stand_ins: dict[str, Callable[..., str | None]] = {}
 _forced: str | None = None
 _warned = False
 
@@ -75,6 +78,11 @@ def register_kernel(op: str, backend: str, *, unsupported: Unsupported) -> None:
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
     """Declares the plain torch reference of `op`: it defines the numbers and runs on every device."""
     _references[op] = reference
+
+
+def register_stand_in(op: str, stand_in: Callable[..., str | None]) -> None:
+    """Declares that the public function `op` may run another op: `stand_in`, called with its arguments, names it."""
+    _stand_ins[op] = stand_in
 
 
 def kernels(op: str) -> tuple[str, ...]:
@@ -176,7 +184,11 @@ def call(op: str, *args: Any) -> Any:
     """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
     if select(op, *args) == "reference":
         return _Reference.apply(op, *args)
-    return _dispatched(op)(*args)
+    run = _dispatched(op)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return run(*args)
+    with _below_autograd():  # torch would find in Python, in seven microseconds, that no_grad wants no gradient
+        return run(*args)
 
 
 def call_in_place(op: str, *args: Any) -> None:
@@ -215,19 +227,31 @@ def no_backward(op: str) -> str:
     return message(op, "backward", "a gradient", "inference only", hint)
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Lists every candidate for `op` on these arguments with "chosen" or the reason why it was passed over.
 
     Args:
-        op: a public op such as `tcompress.ops.int8_linear`, or its name.
+        op: a public op such as `tcompress.ops.int8_linear`, or its name; or a module that chose between kernels by
+            measuring them, `tcompress.nn.SparseLinear`.
         args, kwargs: the arguments that the op would get.
+
+    Returns:
+        The candidates; its `op` is another one where the public op runs that on these arguments.
 
     Raises:
         ValueError: no such op. RuntimeError: the forced backend cannot run.
     """
+    if isinstance(op, torch.nn.Module):
+        own = getattr(op, "explain", None)
+        if own is None:
+            raise ValueError(message("explain", "op", type(op).__name__, "an op, or a module that chooses its kernel"))
+        explanation: Explanation = own()
+        return explanation
     name = op if isinstance(op, str) else op.__name__
     if name not in _references:
         raise ValueError(message("explain", "op", repr(name), f"one of {sorted(_references)}"))
+    if name in _stand_ins:
+        name = _stand_ins[name](*args, **kwargs) or name
     chosen = select(name, *args, **kwargs)
     candidates: list[Candidate] = []
     for backend in BACKENDS:

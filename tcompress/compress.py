@@ -17,9 +17,16 @@ from tcompress.errors import CompressionWarning, message
 from tcompress.fuse import fuse
 from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.match_attention import match_attention
-from tcompress.recipe import Recipe
+from tcompress.nn import SparseLinear
+from tcompress.prune_step import Pruned, prune_masks
+from tcompress.recipe import Prune, Recipe
 from tcompress.report.report import LayerReport, Report
 from tcompress.report.size import Sizes, model_sizes
+from tcompress.sparse_kernel import DENSE
+from tcompress.weights import linear_weight
+
+#: What is said of a layer whose zeros no kernel turns into time.
+NO_SPEEDUP = "no speedup from this sparsity"
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,25 @@ def compress(
     recipe = Recipe.load(recipe)
     attentions, attention_skips = match_attention(model, recipe)
     converted: dict[nn.Module, nn.Module] = {m.module: m.converted for m in attentions if m.converted is not None}
-    matches, skips = match(model, recipe, converted, not attentions, attention_skips)
+    pruned, prune_skips = prune_masks(model, recipe, converted)
+    masks = {module: p.mask for module, p in pruned.items()}
+    required = not attentions and not pruned
+    matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
     before = model_sizes(model)
 
     cache: replace.PackedCache = {}
     show = progress and get_console().is_terminal
     steps = track(matches, "compressing", disable=not show, transient=True)
-    replacements = {m.module: replace.quantized(m, cache) for m in steps}
-    layers = [_layer_report(m, replacements[m.module]) for m in matches]
+    replacements = {m.module: replace.compressed(m, cache) for m in steps}
+    not_pruned = {skip.module: skip.reason for skip in prune_skips}
+    layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
+    only_pruned = {module: p for module, p in pruned.items() if module not in replacements}
+    tied: dict[int, nn.Parameter] = {}
+    replacements |= {module: replace.pruned_copy(module, p.mask, tied) for module, p in only_pruned.items()}
 
     notes: list[str] = []
+    if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
+        notes.append("no layer was pruned")
     found: calibrate.Comparison | None = None
     if data is not None:
         found = calibrate.compare_outputs(model, replacements, data, attentions)
@@ -84,7 +100,9 @@ def compress(
         notes += [f"{name} was never called on the data" for name in idle]
     attention = attention_step.decide(attentions, found, notes)
 
-    skipped = [_skip_report(skip) for skip in skips]
+    layers += [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
+    skipped = [_skip_report(skip) for skip in reasons.values()]
     for m in attentions:
         if m.converted is not None:
             replacements[m.module] = replace.assembled(m.converted, replacements)
@@ -95,6 +113,7 @@ def compress(
     after = model_sizes(compressed)
     if matches:
         notes += _size_notes(before, after)
+    notes += _speed_notes(replacements)
     report = Report(
         recipe=recipe,
         layers=tuple(layers + skipped),
@@ -109,19 +128,51 @@ def compress(
     return CompressResult(compressed, report)
 
 
-def _layer_report(m: Match, replacement: nn.Module) -> LayerReport:
-    weight = replace.linear_weight(m.module).detach().double()
+def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     assert isinstance(replacement, COMPRESSED)
-    stored = replacement.packed.dequantize().double()
+    stored = replacement.packed.dequantize()
+    action = "float" if m.scheme is None else m.scheme.name
+    if isinstance(replacement, SparseLinear):
+        action += f" sparse {replacement.pattern}"
+        reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))
+    return _changed_report(m.names, m.module, replacement, stored, action, reason)
+
+
+def _sparse_reason(layer: SparseLinear) -> str:
+    choice = layer.choice
+    if layer.layout == DENSE:
+        return NO_SPEEDUP
+    if choice is None or choice.source == "model":
+        return f"kernel {layer.layout}"
+    dense, own = (choice.seconds[name] * 1e3 for name in (DENSE, layer.layout))
+    return f"kernel {layer.layout}, {choice.speedup:.2f}x dense ({own:.3f} of {dense:.3f} ms, {choice.tokens} tokens)"
+
+
+def _pruned_report(
+    module: nn.Module, pruned: Pruned, replacement: nn.Module, found: calibrate.Comparison | None
+) -> LayerReport:
+    report = _changed_report(
+        pruned.names, module, replacement, linear_weight(replacement), f"pruned {pruned.step.pattern}", ""
+    )
+    return report if found is None else report.model_copy(update={"output_sqnr_db": found.layers[module].sqnr_db})
+
+
+def _changed_report(
+    names: tuple[str, ...], module: nn.Module, replacement: nn.Module, stored: torch.Tensor, action: str, reason: str
+) -> LayerReport:
+    weight = linear_weight(module).detach().double()
+    stored = stored.detach().double()
     sqnr = calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum()))
     return LayerReport(
-        name=m.names[0],
-        aliases=m.names[1:],
-        kind=type(m.module).__name__,
-        action=m.scheme.name,
+        name=names[0],
+        aliases=names[1:],
+        kind=type(module).__name__,
+        action=action,
+        reason=reason,
         shape=tuple(weight.shape),
-        bytes_before=model_sizes(m.module).disk,
+        bytes_before=model_sizes(module).disk,
         bytes_after=model_sizes(replacement).disk,
+        sparsity=float((stored == 0).double().mean()),
         weight_sqnr_db=sqnr,
     )
 
@@ -135,7 +186,7 @@ def _skip_report(skip: Skip) -> LayerReport:
         kind=type(skip.module).__name__,
         action="skipped",
         reason=skip.reason,
-        shape=tuple(replace.linear_weight(skip.module).shape) if has_weight else (),
+        shape=tuple(linear_weight(skip.module).shape) if has_weight else (),
         bytes_before=nbytes,
         bytes_after=nbytes,
     )
@@ -157,6 +208,12 @@ def _output_cosine(model: nn.Module, found: calibrate.Comparison, notes: list[st
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
     return calibrate.cosine(got, expected)
+
+
+def _speed_notes(replacements: dict[nn.Module, nn.Module]) -> list[str]:
+    sparse = [m for m in replacements.values() if isinstance(m, SparseLinear)]
+    dense = sum(m.layout == DENSE for m in sparse)
+    return [f"{dense} of {len(sparse)} sparse layers run dense: {NO_SPEEDUP}"] if dense else []
 
 
 def _size_notes(before: Sizes, after: Sizes) -> list[str]:

@@ -22,6 +22,7 @@ from torch import nn
 from tcompress.nn.feed_forward import FeedForward
 from tcompress.nn.gated_feed_forward import GatedFeedForward
 from tcompress.nn.quantized_linear import QuantizedLinear
+from tcompress.nn.sparse_linear import SparseLinear
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -64,9 +65,9 @@ def activation_of(module: nn.Module) -> str | None:
     return None
 
 
-def _can_take(linear: object, places: Counter[int]) -> TypeGuard[QuantizedLinear]:
+def _can_take(linear: object, places: Counter[int]) -> TypeGuard[QuantizedLinear | SparseLinear]:
     return (
-        isinstance(linear, QuantizedLinear)
+        isinstance(linear, QuantizedLinear | SparseLinear)
         and linear.activation == linear.fused_activation == "none"
         and places[id(linear)] == 1
     )
@@ -97,7 +98,7 @@ def _fuse_sequential(name: str, parent: nn.Sequential, places: Counter[int]) -> 
 
 def _fuse_calls(model: nn.Module, name: str, parent: nn.Module, places: Counter[int]) -> list[str]:
     fused = []
-    if not any(isinstance(child, QuantizedLinear) for child in parent.children()):
+    if not any(isinstance(child, QuantizedLinear | SparseLinear) for child in parent.children()):
         return []
     cls: type = type(parent)
     for outer, inner in _chained_calls(cls):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from tcompress.errors import message
-from tcompress.nn import QuantizedEmbedding, QuantizedLinear
+from tcompress.nn import QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.quantize.scheme import Scheme
-from tcompress.recipe import Quantize, Recipe
+from tcompress.recipe import Prune, Quantize, Recipe, Sparse
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
-COMPRESSED = (QuantizedLinear, QuantizedEmbedding)
+COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear)
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,20 @@ class Match:
 
     names: tuple[str, ...]
     module: nn.Module
-    step: Quantize
+    step: Quantize | Sparse
+    #: What a pruning step keeps, bool [N, K], or None for all.
+    mask: torch.Tensor | None = None
 
     @property
-    def scheme(self) -> Scheme:
-        """Of the step."""
-        assert self.step.scheme is not None
+    def scheme(self) -> Scheme | None:
+        """Of the step; None keeps floats."""
         return self.step.scheme
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K], as it is to be stored."""
+        weight = linear_weight(self.module)
+        return weight if self.mask is None else weight.masked_fill(~self.mask, 0)
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,6 @@ class Skip:
     names: tuple[str, ...]
     module: nn.Module
     reason: str
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is `transformers`' Conv1D: a linear layer whose weight is stored as [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
 def pattern_matches(pattern: str, name: str, module: nn.Module) -> bool:
@@ -66,6 +69,7 @@ def match(
     converted: Mapping[nn.Module, nn.Module] | None = None,
     required: bool = True,
     other_skips: Sequence[Skip] = (),
+    masks: Mapping[nn.Module, torch.Tensor] | None = None,
 ) -> tuple[list[Match], list[Skip]]:
     """Finds the linear layers and embeddings that the recipe's steps replace, in the order of the model.
 
@@ -73,12 +77,13 @@ def match(
         converted: modules of which others will take the place (`match_attention`); what counts is what these hold.
         required: raise if there is none.
         other_skips: what the error names where there is nothing of its own to name.
+        masks: what pruning steps keep.
 
     Raises:
         ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed.
     """
-    names = _names(model, converted or {})
-    head = _output_embeddings(model)
+    names = module_names(model, converted or {})
+    head = output_embeddings(model)
 
     matches: list[Match] = []
     skips: list[Skip] = []
@@ -86,15 +91,18 @@ def match(
         if isinstance(module, COMPRESSED):
             skips.append(Skip(tuple(paths), module, "already compressed"))
             continue
-        if not _has_own_weight(module):
+        if not has_own_weight(module):
             continue
         reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
-            if step.scheme is None or not any_matches(step.targets, paths, module):
+            if isinstance(step, Prune) or (isinstance(step, Quantize) and step.scheme is None):
                 continue
-            reason = ignored(step, paths, module, head) or why_not(module, step.scheme)
+            if not any_matches(step.targets, paths, module):
+                continue
+            match = Match(tuple(paths), module, step, (masks or {}).get(module))
+            reason = ignored(step, paths, module, head) or why_not(module, step.scheme) or _too_dense(match)
             if reason is None:
-                matches.append(Match(tuple(paths), module, step))
+                matches.append(match)
                 break
             reasons.append(reason)
         else:
@@ -107,14 +115,14 @@ def match(
     return matches, skips
 
 
-def why_not(module: nn.Module, scheme: Scheme) -> str | None:
-    """The reason why this module has no compressed form under `scheme`, or None."""
+def why_not(module: nn.Module, scheme: Scheme | None) -> str | None:
+    """The reason why this module has no compressed form under `scheme`, or with its floats, or None."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "torch.nn.MultiheadAttention reads its weight and never calls it; a step with attention changes that"
     if parametrize.is_parametrized(module):
         return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes its weight plain"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which a replacement would lose; remove them (prune.remove, …) first"
+    if module._forward_hooks or (module._forward_pre_hooks and not is_masked_by_torch(module)):
+        return "it has forward hooks, which a replacement would lose; remove them (remove_weight_norm, …) first"
     if isinstance(module, nn.Linear):
         base: type[nn.Module] = nn.Linear
     elif isinstance(module, nn.Embedding):
@@ -131,6 +139,8 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
     if weight.device.type == "meta":
         return "its weight is on the meta device: load the checkpoint first"
     if isinstance(module, nn.Embedding):
+        if scheme is None:
+            return "an embedding is looked up, not multiplied: zeros bring nothing"
         if scheme.activations is not None:
             return f"{scheme.name} quantizes activations and an embedding has none; use W8A16"
         if module.max_norm is not None:
@@ -138,15 +148,24 @@ def why_not(module: nn.Module, scheme: Scheme) -> str | None:
         return "quantizing would not make it smaller" if module.embedding_dim < 2 else None
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}, and int8_linear takes float32, bfloat16 or float16"
-    if scheme.activations is None and scheme.weights.bits > 4:
+    if scheme is not None and scheme.activations is None and scheme.weights.bits > 4:
         return f"{scheme.name} leaves activations in floating point, which linear layers do with 4-bit weights only"
     k = weight.shape[0] if is_conv1d(module) else weight.shape[1]
-    if k > MAX_K:
+    if scheme is not None and k > MAX_K:
         return f"in_features {k} is above {MAX_K}: an int32 sum could overflow"
     return None if weight.numel() else "its weight is empty"
 
 
-def _names(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, list[str]]:
+def _too_dense(match: Match) -> str | None:
+    """Why a sparse step leaves a layer, or None."""
+    if not isinstance(match.step, Sparse) or match.step.min_sparsity == 0:
+        return None
+    zeros = float((match.weight == 0).float().mean())
+    least = match.step.min_sparsity
+    return None if zeros >= least else f"{zeros:.0%} of its weight is zero, and the step asks for {least:.0%}"
+
+
+def module_names(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, list[str]]:
     """All paths of each module, in the order of the model; in converted ones the paths to be."""
     names: dict[nn.Module, list[str]] = {}
     gone = {child for module in converted for child in module.children()}
@@ -158,7 +177,7 @@ def _names(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> dict[n
     return names
 
 
-def _has_own_weight(module: nn.Module) -> bool:
+def has_own_weight(module: nn.Module) -> bool:
     return (
         "weight" in module._parameters
         or parametrize.is_parametrized(module)
@@ -173,7 +192,7 @@ def any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) 
         raise ValueError(message("match", "pattern", error.pattern, "a regular expression", str(error))) from error
 
 
-def ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
+def ignored(step: Quantize | Sparse | Prune, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
     for pattern in step.ignore:
         if any_matches((pattern,), names, module):
             return f"ignored by {pattern!r}"
@@ -182,22 +201,27 @@ def ignored(step: Quantize, names: list[str], module: nn.Module, head: nn.Module
     return None
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
     """What `transformers` calls the head over the vocabulary, under whatever name."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
 
 
-def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], list[Skip]]:
-    """Leaves out modules whose weight is also used by a module that stays: replacing them would store it twice."""
-    replaced = {m.module for m in matches}
+def parameters_outside(model: nn.Module, modules: Collection[nn.Module]) -> dict[int, list[str]]:
+    """Names by `id` of the parameters that modules other than these hold."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if module not in replaced:
+        if module not in modules:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     users.setdefault(id(parameter), []).append(f"{name}.{key}")
+    return users
+
+
+def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], list[Skip]]:
+    """Leaves out modules whose weight is also used by a module that stays: replacing them would store it twice."""
+    users = parameters_outside(model, {m.module for m in matches})
     kept, skipped = [], []
     for m in matches:
         tied = users.get(id(m.module.weight))

@@ -45,7 +45,7 @@ def match_attention(model: nn.Module, recipe: Recipe) -> tuple[list[AttentionMat
     Raises:
         ValueError: a pattern is not a regular expression.
     """
-    steps = [step for step in recipe.steps if step.attention is not None]
+    steps = [step for step in recipe.steps if isinstance(step, Quantize) and step.attention is not None]
     if not steps:
         return [], []
     names: dict[nn.Module, list[str]] = {}

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tcompress.errors import message
 from tcompress.ops.quantized_attention import auto_bits
+from tcompress.packing import Pattern
 from tcompress.quantize.scheme import Scheme
 
 #: The recipe's format; raised when an old file would be read differently.
@@ -97,8 +109,106 @@ class Quantize(BaseModel):
         return (value,) if isinstance(value, str) else value
 
 
+class Sparse(BaseModel):
+    """Replaces linear layers whose weights hold zeros, from whatever pruned them, by `tcompress.nn.SparseLinear`.
+
+    Attributes:
+        scheme: of int8 values ("int8", "W8A8", "W7A7" …), or None for the floats as they are.
+        tokens: how many tokens a call usually has: the layout of the kernel, the dense one among the candidates, is
+            chosen by measuring that many on this machine (`tcompress.tune`).
+        min_sparsity: a layer with a smaller part of zeros is left to the later steps.
+        targets, ignore: as in `Quantize`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    step: Literal["sparse"] = "sparse"
+    scheme: Scheme | None = None
+    tokens: int = Field(128, ge=1)
+    min_sparsity: float = Field(0.1, ge=0, le=1)
+    targets: tuple[str, ...] = ("Linear", "Conv1D")
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return Scheme.named(value) if isinstance(value, str) else value
+
+    @field_validator("scheme")
+    @classmethod
+    def _eight_bits(cls, value: Scheme | None) -> Scheme | None:
+        if value is not None and (value.weights.bits <= 4 or value.activations is None):
+            raise ValueError(f"got {value.name}, expected 5 to 8 bits for weights and quantized activations, or none")
+        return value
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class Prune(BaseModel):
+    """Sets the smallest weights of linear layers to zero (`tcompress.prune`); later steps compress what is left.
+
+    Attributes:
+        pattern: "unstructured", "2:4", "1x4", "8x4", "16x16" …, outputs x inputs (`packing.Pattern`).
+        sparsity: which part of the weights goes, 0 … 1; of "N:M" it is 1 - N/M and may be left out.
+        scores: "magnitude".
+        targets, ignore: as in `Quantize`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    step: Literal["prune"] = "prune"
+    pattern: str = "8x4"
+    sparsity: float | None = Field(None, ge=0, le=1, validate_default=True)
+    scores: Literal["magnitude"] = "magnitude"
+    targets: tuple[str, ...] = ("Linear", "Conv1D")
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> str:
+        if not isinstance(value, str):
+            hint = '; write "2:4" in quotes: without them it is a number to YAML' if isinstance(value, int) else ""
+            raise ValueError(f"got {reprlib.repr(value)}, expected text such as '8x4'{hint}")
+        return str(Pattern.parse(value))
+
+    @field_validator("sparsity")
+    @classmethod
+    def _how_much(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if "pattern" not in info.data:  # which has an error of its own
+            return value
+        pattern = Pattern.parse(info.data["pattern"])
+        n, m = pattern.size
+        if pattern.kind == "n_m":
+            if value is not None and not math.isclose(value, 1 - n / m):
+                raise ValueError(f"got {value}, expected {1 - n / m} or nothing for {pattern}")
+        elif value is None:
+            raise ValueError(f"got nothing, expected 0 to 1 for {pattern}")
+        return value
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def _kind(step: Any) -> str | None:
+    """Which step this is, quantize where it does not say; None if it is no step at all."""
+    if isinstance(step, Quantize | Sparse | Prune):
+        return step.step
+    return str(step.get("step", "quantize")) if isinstance(step, dict) else None
+
+
+#: A step of a recipe.
+Step = Annotated[
+    Annotated[Quantize, Tag("quantize")] | Annotated[Sparse, Tag("sparse")] | Annotated[Prune, Tag("prune")],
+    Discriminator(_kind),
+]
+
+
 class Recipe(BaseModel):
-    """Ordered steps. The first step that claims a module keeps it.
+    """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
+    keeps it.
 
     Raises:
         ValueError: no steps, an unknown field, or a version that this release does not read.
@@ -106,7 +216,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = VERSION
-    steps: tuple[Quantize, ...]
+    steps: tuple[Step, ...]
 
     @field_validator("version")
     @classmethod
@@ -117,7 +227,7 @@ class Recipe(BaseModel):
 
     @field_validator("steps")
     @classmethod
-    def _not_empty(cls, value: tuple[Quantize, ...]) -> tuple[Quantize, ...]:
+    def _not_empty(cls, value: tuple[Step, ...]) -> tuple[Step, ...]:
         if not value:
             raise ValueError(message("Recipe", "steps", "none", "at least one"))
         return value
@@ -173,7 +283,11 @@ class Recipe(BaseModel):
 
 def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in the form `argument: got X, expected Y`."""
-    place = ".".join(map(str, error["loc"]))
+    place = ".".join(str(part) for part in error["loc"] if part not in ("quantize", "sparse", "prune"))
+    if error["type"] == "union_tag_invalid":
+        return f"{place}.step: got {error['input']['step']!r}, expected 'quantize', 'sparse' or 'prune'"
+    if error["type"] == "union_tag_not_found":
+        return f"{place}: got {reprlib.repr(error['input'])}, expected a step: a mapping"
     if error["type"] == "value_error":  # raised by a validator of ours, in our form
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] == "missing":

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.match import Match, is_conv1d
-from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear
+from tcompress.match import Match
+from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.recipe import Sparse
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
 
 @dataclass
@@ -24,26 +26,24 @@ class Shared:
     modules: list[PackedModule] = field(default_factory=list)
 
 
-PackedCache = dict[tuple[int, bool, QuantArgs], Shared]
+#: By the weight, whether it is stored transposed, its mask and how it is quantized.
+PackedCache = dict[tuple[int, bool, int, QuantArgs], Shared]
 
 
-def linear_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.t() if is_conv1d(module) else weight
-
-
-def quantized(match: Match, cache: PackedCache) -> nn.Module:
-    """The quantized form of a matched module. Modules with a tied weight share its integers through `cache`.
+def compressed(match: Match, cache: PackedCache) -> nn.Module:
+    """The compressed form of a matched module. Quantized modules with a tied weight share its integers through `cache`.
 
     Raises:
         ValueError: the weight holds NaN or infinity; the message names the module.
     """
+    if isinstance(match.step, Sparse):
+        return _sparse(match, match.step)
     module, scheme = match.module, match.scheme
-    key = (id(module.weight), is_conv1d(module), scheme.weights)
+    assert scheme is not None
+    key = (id(module.weight), is_conv1d(module), id(match.mask), scheme.weights)
     if key not in cache:
         try:
-            cache[key] = Shared(round_to_nearest(linear_weight(module), scheme.weights))
+            cache[key] = Shared(round_to_nearest(match.weight, scheme.weights))
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
     shared = cache[key]
@@ -58,6 +58,44 @@ def quantized(match: Match, cache: PackedCache) -> nn.Module:
     shared.modules.append(replacement)
     share_kernel_layout(shared.modules)
     return replacement.train(module.training)
+
+
+def _sparse(match: Match, step: Sparse) -> SparseLinear:
+    module = match.module
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    try:
+        layer = SparseLinear.from_weight(match.weight, bias, step.scheme, tokens=step.tokens)
+    except ValueError as error:
+        raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
+    return layer.train(module.training)
+
+
+def pruned_copy(module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter]) -> nn.Module:
+    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`.
+
+    Layers with a tied weight share the pruned one through `cache`.
+    """
+    memo: dict[int, object] = {}  # deepcopy takes what it holds, and would copy what a weight is a view into
+    for name in ("weight", "bias"):
+        old = getattr(module, name)
+        if old is None:
+            continue
+        if name == "bias":
+            memo[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+            continue
+        if id(old) not in cache:
+            weight = linear_weight(module).detach().masked_fill(~mask, 0)
+            weight = weight.t().contiguous() if is_conv1d(module) else weight
+            cache[id(old)] = nn.Parameter(weight, old.requires_grad)
+        memo[id(old)] = cache[id(old)]
+    copied = copy.deepcopy(module, memo)
+    if is_masked_by_torch(module):
+        copied._forward_pre_hooks.clear()
+        for name in [name for name in ("weight", "bias") if f"{name}_mask" in module._buffers]:
+            parameter = vars(copied).pop(name)
+            del copied._parameters[f"{name}_orig"], copied._buffers[f"{name}_mask"]
+            copied.register_parameter(name, parameter)
+    return copied
 
 
 def assembled(module: Int8MultiheadAttention, replacements: dict[nn.Module, nn.Module]) -> Int8MultiheadAttention:
@@ -113,4 +151,4 @@ def disable_torch_fast_path(model: nn.Module) -> None:
 
 
 def _has_compressed(module: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear | Int8MultiheadAttention) for m in module.modules())
+    return any(isinstance(m, QuantizedLinear | SparseLinear | Int8MultiheadAttention) for m in module.modules())

@@ -10,7 +10,7 @@ from torch import nn
 
 import tcompress
 from tcompress.fuse import activation_of, fuse
-from tcompress.nn import FeedForward, GatedFeedForward, QuantizedLinear
+from tcompress.nn import FeedForward, GatedFeedForward, QuantizedLinear, SparseLinear
 
 RECIPES = {
     name: {"steps": [{"step": "quantize", "scheme": name}]} for name in ("W8A8", "W7A7", "W4A8-g32", "W4A16-g32")
@@ -96,9 +96,8 @@ def _scheme(recipe):
 
 
 def fused_layers(model):
-    return sorted(
-        n for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.fused_activation != "none"
-    )
+    kinds = QuantizedLinear | SparseLinear
+    return sorted(n for n, m in model.named_modules() if isinstance(m, kinds) and m.fused_activation != "none")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -220,6 +219,43 @@ def test_checkpoint(tmp_path, model_class):
 def test_fusing_twice_changes_nothing():
     _, fused = compressed(nn.Sequential(Nested(), Gated()))
     assert fuse(fused) == []
+
+
+SPARSE = {"steps": [{"step": "prune", "pattern": "8x4", "sparsity": 0.5}, {"step": "sparse"}]}
+SPARSE_INT8 = {"steps": [SPARSE["steps"][0], {"step": "sparse", "scheme": "W8A8"}]}
+
+
+@pytest.mark.parametrize("recipe", [SPARSE, SPARSE_INT8])
+@pytest.mark.parametrize("make", [Nested, Statements, lambda: FeedForward(16, 40, "gelu")])
+def test_an_activation_moves_into_a_sparse_layer(recipe, make, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.Linear(16, 16), nn.ReLU()).eval(), torch.randn(5, 16)
+    fused = tcompress.compress(model, recipe).model
+    assert fused_layers(fused) == ["0.linear1" if isinstance(model[0], FeedForward) else "0.fc1", "1"]
+    assert isinstance(fused[1], SparseLinear)
+    assert isinstance(fused[2], nn.Identity)
+    plain = copy.deepcopy(fused)
+    for module, act in ((plain[0], "act"), (plain, "2")):
+        if act in module._modules:
+            module._modules[act] = nn.GELU() if act == "act" else nn.ReLU()
+    for module in plain.modules():
+        if isinstance(module, SparseLinear):
+            module.fused_activation = "none"
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    tcompress.save(fused, tmp_path)
+    loaded = tcompress.load(tmp_path, nn.Sequential(make(), nn.Linear(16, 16), nn.ReLU()).eval())
+    assert torch.equal(loaded(x), fused(x))
+    assert torch.equal(tcompress.load(tmp_path, copy.deepcopy(fused))(x), fused(x))  # the model's activations are gone
+
+
+def test_a_gated_network_of_sparse_layers_keeps_its_forward():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Gated()).eval(), torch.randn(5, 32)
+    fused = tcompress.compress(model, SPARSE).model
+    assert type(fused[0]) is Gated
+    assert fused_layers(fused) == ["0.gate_proj"]
+    pruned = tcompress.compress(model, {"steps": SPARSE["steps"][:1]}).model
+    torch.testing.assert_close(fused(x), pruned(x), rtol=1e-4, atol=1e-5)
 
 
 def test_in_place():

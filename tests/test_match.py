@@ -98,13 +98,22 @@ def _hooked() -> nn.Module:
     return linear
 
 
+def _hooked_before() -> nn.Module:
+    linear = nn.Linear(4, 4)
+    linear.register_forward_pre_hook(lambda *args: None)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (_Lora(4, 4), "forward of its own"),
         (_parametrized(), "parametrized"),
-        (prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), "hooks"),
+        (nn.utils.spectral_norm(nn.Linear(4, 4)), "hooks"),
         (_hooked(), "hooks"),
+        (_hooked_before(), "hooks"),
+        (prune.l1_unstructured(_hooked_before(), "weight", 0.5), "hooks"),
+        (prune.l1_unstructured(nn.Linear(4, 4), "bias", 0.5), "hooks"),
         (nn.Linear(4, 4, device="meta"), "meta device"),
         (nn.Linear(4, 4, dtype=torch.float64), "float64"),
         (nn.Linear(0, 4), "empty"),
@@ -118,6 +127,28 @@ def test_reasons_for_linear_layers(module, reason):
     assert [m.names[0] for m in matches] == ["plain"]
     assert [s.names[0] for s in skips] == ["odd"]
     assert reason in skips[0].reason
+
+
+@pytest.mark.parametrize("step", [{"step": "sparse"}, {"step": "quantize", "scheme": "W8A8"}])
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_hooks_of_torch_prune_are_no_obstacle(step, times):
+    """The product of weight and mask is the weight, whatever `module.weight` was left at."""
+    linear = nn.Linear(4, 4)
+    for _ in range(times):
+        prune.l1_unstructured(linear, "weight", 0.5)
+    with torch.no_grad():
+        linear.weight_orig.mul_(3)
+    (found,), skips = match(nn.Sequential(linear), Recipe.load({"steps": [step]}))
+    assert not skips
+    assert torch.equal(found.weight, linear.weight_orig * linear.weight_mask)
+
+
+def test_long_rows_are_too_long_for_integers_only():
+    model = nn.Sequential(nn.Linear(65537, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    assert len(match(model, Recipe.load({"steps": [{"step": "sparse"}]}))[0]) == 1
+    with pytest.raises(ValueError, match="65537"):
+        match(model, Recipe.load({"steps": [{"step": "sparse", "scheme": "W8A8"}]}))
 
 
 def test_reasons_for_embeddings():

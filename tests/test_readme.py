@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers as hf
 import yaml
 
+import tcompress
 from tcompress.nn import QuantizedLinear
 from tcompress.ops.quantized_attention import auto_bits
 from tcompress.recipe import Recipe
@@ -56,3 +58,17 @@ def test_recipe_example():
     recipe = Recipe.load(yaml.safe_load(example))
     assert [step.scheme and step.scheme.name for step in recipe.steps] == ["W8A8", "W8A16", None]
     assert [step.attention for step in recipe.steps] == [None, None, f"int{auto_bits()}"]
+
+
+def test_sparse_example(capsys):
+    (example,) = _blocks("py")
+    names: dict[str, Any] = {
+        "tcompress": tcompress,
+        "model": torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64)).eval(),
+        "x": torch.randn(5, 64),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tcompress.errors.CompressionWarning)  # so small a layer may well run dense
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["layer"].pattern == "8x4"
+    assert "dense" in capsys.readouterr().out

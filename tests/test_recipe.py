@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tcompress import _C, QuantArgs, Quantize, Recipe, Scheme, presets, use_cpu_path
 from tcompress.quantize import PerToken
-from tcompress.recipe import MIN_COSINE
+from tcompress.recipe import MIN_COSINE, Prune, Sparse
 
 #: `where: argument: got X, expected Y`
 FORM = re.compile(r"^[^:]+: [^:]+: .*got .+, expected .+", re.DOTALL)
@@ -81,6 +81,37 @@ def test_an_attention_step_in_yaml():
     ]
 
 
+def test_defaults_of_the_sparse_steps():
+    step = Sparse()
+    assert (step.step, step.scheme, step.tokens, step.min_sparsity) == ("sparse", None, 128, 0.1)
+    assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
+    assert Sparse(scheme="W7A7", targets="a").scheme.name == "W7A7"
+    step = Prune(sparsity=0.8)
+    assert (step.step, step.pattern, step.sparsity, step.scores) == ("prune", "8x4", 0.8, "magnitude")
+    assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
+    assert Prune(pattern="2:4").sparsity is None
+    assert Prune(pattern="1:4", sparsity=0.75).sparsity == 0.75
+    assert [type(s) for s in Recipe.load("sparse").steps] == [Sparse]
+    sparse, linear, embedding, attention = Recipe.load("sparse-int8").steps
+    assert (sparse.scheme, linear, embedding) == (linear.scheme, *Recipe.load("int8").steps[:2])
+    assert attention.attention is not None
+
+
+def test_sparse_steps_in_yaml():
+    text = "steps:\n  - {step: prune, pattern: '2:4', targets: fc}\n  - {step: sparse, scheme: W8A8, tokens: 1}\n"
+    recipe = Recipe.from_yaml(text)
+    assert recipe.steps == (Prune(pattern="2:4", targets="fc"), Sparse(scheme="W8A8", tokens=1))
+    written = yaml.safe_load(recipe.to_yaml())["steps"]
+    assert written[0] == {
+        "step": "prune",
+        "pattern": "2:4",
+        "scores": "magnitude",
+        "targets": ["fc"],
+        "ignore": ["lm_head"],
+    }
+    assert "scheme" not in yaml.safe_load(Recipe(steps=(Sparse(),)).to_yaml())["steps"][0]
+
+
 def test_one_pattern_may_stand_without_a_list():
     step = Quantize(scheme="W8A8", targets="Linear", ignore="head")
     assert (step.targets, step.ignore) == (("Linear",), ("head",))
@@ -107,13 +138,18 @@ def test_a_scheme_spelled_out_equals_the_named_one():
     assert Recipe.load({"steps": [{"scheme": spelled}]}) == Recipe.load({"steps": [{"scheme": "W8A7"}]})
 
 
-@pytest.mark.parametrize("name", ["int8", "content", "custom", "attention"])
+@pytest.mark.parametrize("name", ["int8", "content", "custom", "attention", "sparse", "sparse-int8", "pruned"])
 def test_yaml_and_json_round_trip(tmp_path, name):
     activations = QuantArgs(bits=3, symmetric=False, dynamic=True, granularity=PerToken())
     custom = Scheme(weights=QuantArgs(bits=5), activations=activations)
     recipes = {
         "int8": Recipe.load("int8"),
         "content": Recipe.load(CONTENT),
+        "sparse": Recipe.load("sparse"),
+        "sparse-int8": Recipe.load("sparse-int8"),
+        "pruned": Recipe(
+            steps=(Prune(pattern="2:4"), Prune(pattern="16x16", sparsity=0), Sparse(scheme=custom, min_sparsity=1))
+        ),
         "attention": Recipe(steps=(Quantize(attention="int12", min_cosine=-1),)),
         "custom": Recipe(steps=(Quantize(scheme=custom, targets=("re:a'\"\\.b",), ignore=()),)),
     }
@@ -153,6 +189,39 @@ def test_frozen():
         ({"steps": [{"attention": "int8", "min_cosine": 2}]}, ["steps.0.min_cosine: got 2"]),
         ({"steps": [{"scheme": "W8A8", "min_cosine": 0.9}]}, ["steps.0.min_cosine: got 0.9", "attention only"]),
         ({"steps": [{"step": "melt", "scheme": "W8A8"}]}, ["steps.0.step: got 'melt'", "'quantize'"]),
+        ({"steps": [{"step": None, "scheme": "W8A8"}]}, ["steps.0.step: got None", "'sparse' or 'prune'"]),
+        ({"steps": [{"step": ["prune"]}]}, ["steps.0.step: got ['prune'], expected 'quantize'"]),
+        ({"steps": [{"step": "None"}]}, ["steps.0.step: got 'None'"]),
+        ({"steps": ["prune"]}, ["steps.0: got 'prune', expected a step: a mapping"]),
+        ({"steps": [CONTENT["steps"][0], None]}, ["steps.1: got None, expected a step: a mapping"]),
+        ({"steps": 3}, ["steps: got 3"]),
+        ({"steps": [{"step": "prune"}]}, ["steps.0.sparsity: got nothing, expected 0 to 1 for 8x4"]),
+        ({"steps": [{"step": "prune", "pattern": "4x1"}]}, ["steps.0.sparsity: got nothing, expected 0 to 1 for 4x1"]),
+        ({"steps": [{"step": "prune", "sparsity": 1.5}]}, ["steps.0.sparsity: got 1.5", "1"]),
+        ({"steps": [{"step": "prune", "sparsity": -0.1}]}, ["steps.0.sparsity: got -0.1"]),
+        ({"steps": [{"step": "prune", "sparsity": float("nan")}]}, ["steps.0.sparsity: got nan"]),
+        ({"steps": [{"step": "prune", "sparsity": "much"}]}, ["steps.0.sparsity: got 'much'"]),
+        (
+            {"steps": [{"step": "prune", "pattern": "2:4", "sparsity": 0.6}]},
+            ["steps.0.sparsity: got 0.6, expected 0.5 or nothing for 2:4"],
+        ),
+        ({"steps": [{"step": "prune", "pattern": "stripes", "sparsity": 0.5}]}, ["steps.0.pattern: ", "got 'stripes'"]),
+        ({"steps": [{"step": "prune", "pattern": "4:2"}]}, ["steps.0.pattern: ", "1 ≤ N < M"]),
+        ({"steps": [{"step": "prune", "pattern": 124}]}, ["steps.0.pattern: got 124, expected text", 'write "2:4" in']),
+        ({"steps": [{"step": "prune", "pattern": None}]}, ["steps.0.pattern: got None, expected text such as '8x4'"]),
+        (
+            {"steps": [{"step": "prune", "sparsity": 0.5, "scores": "luck"}]},
+            ["steps.0.scores: got 'luck'", "magnitude"],
+        ),
+        ({"steps": [{"step": "prune", "sparsity": 0.5, "scheme": "W8A8"}]}, ["steps.0.scheme: got an unknown field"]),
+        ({"steps": [{"step": "sparse", "scheme": "W8A16"}]}, ["steps.0.scheme: got W8A16, expected 5 to 8 bits"]),
+        ({"steps": [{"step": "sparse", "scheme": "W4A8"}]}, ["steps.0.scheme: got W4A8, expected 5 to 8 bits"]),
+        ({"steps": [{"step": "sparse", "scheme": "W9A9"}]}, ["steps.0.scheme: ", "'W9A9'", "W8A7"]),
+        ({"steps": [{"step": "sparse", "tokens": 0}]}, ["steps.0.tokens: got 0"]),
+        ({"steps": [{"step": "sparse", "min_sparsity": 2}]}, ["steps.0.min_sparsity: got 2"]),
+        ({"steps": [{"step": "sparse", "pattern": "8x4"}]}, ["steps.0.pattern: got an unknown field"]),
+        ({"steps": [{"step": "sparse", "targets": 3}]}, ["steps.0.targets: got 3"]),
+        ({"steps": [{"step": "prune", "sparsity": 0.5, "ignore": [3]}]}, ["steps.0.ignore.0: got 3"]),
         ({"steps": [{"scheme": "W8A8", "targets": 3}]}, ["steps.0.targets: got 3"]),
         ({"steps": [{"scheme": "W8A8", "targets": [3]}]}, ["steps.0.targets.0: got 3"]),
         ({"steps": []}, ["steps: got none, expected at least one"]),
@@ -194,6 +263,12 @@ def test_yaml_does_not_build_python_objects(tmp_path):
     path.write_text(f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{witness}]]\n")
     error_of(path)
     assert not witness.exists()
+
+
+def test_an_unquoted_pattern_in_yaml():
+    """YAML reads 2:4 as a number of base 60."""
+    with pytest.raises(ValueError, match='pattern: got 124, expected text such as .8x4.; write "2:4" in quotes'):
+        Recipe.from_yaml("steps:\n  - {step: prune, pattern: 2:4}\n")
 
 
 def test_unknown_preset():

@@ -16,11 +16,8 @@
 #include "threads.h"
 
 namespace tcompress::cpu {
-namespace {
 
-constexpr int64_t kMinBlocksPerSplit = 4;  // 256 keys: below, joining costs more than it brings
-
-const AttentionPath& path_table(Path path) {
+const AttentionPath& attention_path(Path path) {
   switch (path) {
 #if defined(__x86_64__)
     case Path::kAvx2:
@@ -37,6 +34,10 @@ const AttentionPath& path_table(Path path) {
       return kAttentionScalar;
   }
 }
+
+namespace {
+
+constexpr int64_t kMinBlocksPerSplit = 4;  // 256 keys: below, joining costs more than it brings
 
 // Tasks of unequal length, each taken by the next free thread.
 template <class Task>
@@ -203,7 +204,7 @@ struct Attention {
 void attention(const AttentionArgs& args, const TokenView& k, const TokenView& v, int num_threads) {
   const int64_t units = args.batch * args.kv_heads;
   if (units == 0 || args.heads == 0) return;
-  const Attention work(args, path_table(current_path()), k, v);
+  const Attention work(args, attention_path(current_path()), k, v);
   if (work.longest_q == 0) return;
   const int threads = useful_threads(work.macs, kMinMacsPerThread, num_threads);
   const int64_t rounds = ceil_div(units, threads);
@@ -218,7 +219,7 @@ void attention(const AttentionArgs& args, const TokenView& k, const TokenView& v
 void kv_cache_attention(const AttentionArgs& args, const KvCacheView& cache, int num_threads) {
   const int64_t units = args.batch * args.kv_heads;
   if (units == 0 || args.heads == 0 || args.sq == 0) return;
-  const AttentionPath& path = path_table(current_path());
+  const AttentionPath& path = attention_path(current_path());
   const int64_t group = args.heads / args.kv_heads, rows = group * args.sq;
   const int64_t macs = args.batch * args.heads * args.sq * args.skv * (args.d + args.dv);
   const int threads = useful_threads(macs, kMinMacsPerThread, num_threads);
@@ -277,7 +278,7 @@ void kv_cache_attention(const AttentionArgs& args, const KvCacheView& cache, int
 void kv_cache_append(const KvCacheView& cache, int64_t batch, int64_t kv_heads, int64_t d, int64_t dv, DType dtype,
                      const TokenView& k, const TokenView& v, int64_t s, int64_t length, int num_threads) {
   if (s == 0) return;
-  const AttentionPath& path = path_table(current_path());
+  const AttentionPath& path = attention_path(current_path());
   const int64_t units = batch * kv_heads;
   constexpr int64_t kMinElements = 1 << 14;
   const int threads = useful_threads(units * s * (d + dv), kMinElements, num_threads);

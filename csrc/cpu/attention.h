@@ -118,6 +118,9 @@ struct PackArgs {
   bool whole;  // nothing is kept of the last panel of 16 tokens
 };
 
+// Rows g * sq + i of a head of k and v of a ShortArgs, short_attention.h.
+struct ShortRows;
+
 struct AttentionPath {
   bool narrow_prefill;  // 8-bit integers are multiplied as bytes; else in 16-bit lanes
   void (*attend_wide)(const AttentionRows&);
@@ -125,7 +128,10 @@ struct AttentionPath {
   void (*combine)(const AttentionRows&, int64_t splits, int64_t stride);  // partials, `stride` floats apart, to out
   void (*mean)(const void* k, DType dtype, int64_t stride, int64_t tokens, int64_t d, float* mean);
   void (*pack)(const PackArgs&);
+  void (*short_rows)(const ShortRows&);
 };
+
+const AttentionPath& attention_path(Path path);
 
 extern const AttentionPath kAttentionScalar, kAttentionAvx2, kAttentionAvx512Vnni, kAttentionNeon;
 

@@ -48,6 +48,11 @@ inline int32_t sum(const Shorts (&p)[4]) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+inline void store_sums(float* out, const Vec (&x)[4]) {
+  const __m256 d = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
+
 inline Vec from_integers(const int32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -121,6 +126,7 @@ struct Tiles {
 
 #include "attention_pack.h"
 #include "attention_rows.h"
+#include "short_attention_rows.h"
 
 namespace tcompress::cpu {
 
@@ -129,7 +135,8 @@ const AttentionPath kAttentionAvx2 = {/*narrow_prefill=*/false,
                                       attend<Vec, Shorts, Tiles<false>, false>,
                                       combine<Vec>,
                                       key_mean<Vec>,
-                                      pack<Vec>};
+                                      pack<Vec>,
+                                      short_rows<Vec, 2>};
 
 }  // namespace tcompress::cpu
 

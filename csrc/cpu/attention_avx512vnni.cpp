@@ -53,6 +53,16 @@ inline int32_t sum(const Shorts (&p)[2]) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+inline void store_sums(float* out, const Vec (&x)[4]) {
+  // Sums of pairs of keys, then of all four: every 128 bits hold a part of each key's sum.
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
+  const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m256 upper = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(c), 1));
+  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), upper);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
+
 inline Vec from_integers(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 inline void store_integers(int16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
@@ -241,6 +251,7 @@ struct Tiles {
 
 #include "attention_pack.h"
 #include "attention_rows.h"
+#include "short_attention_rows.h"
 
 namespace tcompress::cpu {
 
@@ -249,7 +260,8 @@ const AttentionPath kAttentionAvx512Vnni = {/*narrow_prefill=*/true,
                                             attend<Vec, Shorts, Tiles<false>, false>,
                                             combine<Vec>,
                                             key_mean<Vec>,
-                                            pack<Vec>};
+                                            pack<Vec>,
+                                            short_rows<Vec, 4>};
 
 }  // namespace tcompress::cpu
 

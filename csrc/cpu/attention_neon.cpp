@@ -46,6 +46,10 @@ inline int32_t sum(const Shorts (&p)[kCount]) {
   return vaddvq_s32(total);
 }
 
+inline void store_sums(float* out, const Vec (&x)[4]) {
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(x[0].v, x[1].v), vpaddq_f32(x[2].v, x[3].v)));
+}
+
 inline Vec from_integers(const int32_t* p) { return {vcvtq_f32_s32(vld1q_s32(p))}; }
 inline void store_integers(int16_t* p, Vec a) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(a.v))); }
 inline void store_integers(int8_t* p, Vec a) {
@@ -233,6 +237,7 @@ struct AllTiles : Tiles<kWide> {
 
 #include "attention_pack.h"
 #include "attention_rows.h"
+#include "short_attention_rows.h"
 
 namespace tcompress::cpu {
 
@@ -241,7 +246,8 @@ const AttentionPath kAttentionNeon = {/*narrow_prefill=*/true,
                                       attend<Vec, Shorts, AllTiles<false>, false>,
                                       combine<Vec>,
                                       key_mean<Vec>,
-                                      pack<Vec>};
+                                      pack<Vec>,
+                                      short_rows<Vec, 4>};
 
 }  // namespace tcompress::cpu
 

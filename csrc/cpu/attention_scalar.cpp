@@ -32,6 +32,10 @@ inline int32_t sum(const Shorts (&p)[kCount]) {
   return total;
 }
 
+inline void store_sums(float* out, const Vec (&x)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = x[i].v;
+}
+
 inline Vec from_integers(const int32_t* p) { return {static_cast<float>(*p)}; }
 inline void store_integers(int16_t* p, Vec a) { *p = static_cast<int16_t>(round_half_even(a.v)); }
 inline void store_integers(int8_t* p, Vec a) { *p = static_cast<int8_t>(round_half_even(a.v)); }
@@ -93,6 +97,7 @@ struct Tiles {
 
 #include "attention_pack.h"
 #include "attention_rows.h"
+#include "short_attention_rows.h"
 
 namespace tcompress::cpu {
 
@@ -101,6 +106,7 @@ const AttentionPath kAttentionScalar = {/*narrow_prefill=*/true,
                                         attend<Vec, Shorts, Tiles<int8_t>, false>,
                                         combine<Vec>,
                                         key_mean<Vec>,
-                                        pack<Vec>};
+                                        pack<Vec>,
+                                        short_rows<Vec, 1>};
 
 }  // namespace tcompress::cpu

@@ -169,8 +169,9 @@ const SparseLinearPath& sparse_linear_path(Path path) {
     case Path::kAvxVnni:
       return kSparseLinearAvxVnni;
     case Path::kAvx512Vnni:
-    case Path::kAmx:
       return kSparseLinearAvx512Vnni;
+    case Path::kAmx:
+      return kSparseLinearAmx;
 #elif defined(__aarch64__)
     case Path::kNeon:
       return kSparseLinearNeon;
@@ -200,13 +201,15 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   const int64_t tile_tokens = split.tile_tokens;
 
   const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
+  const int64_t call_words =
+      kind == 0 ? words_in_l1(path.tile_vectors * lanes) : (kernels.whole_rows ? layout.words : kMaxBlockWords);
   const Plan plan{args,
                   path,
                   layout,
                   kernels,
                   kind,
                   few,
-                  kind == 1 ? kMaxBlockWords : words_in_l1(path.tile_vectors * lanes),
+                  call_words,
                   row_stride,
                   tile_tokens,
                   args.k * element_bytes(args.x_dtype),

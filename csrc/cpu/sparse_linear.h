@@ -89,7 +89,8 @@ using SparseDecode = void (*)(const SparseDecodeArgs&);
 // By block rows of 1 and of 8.
 struct SparseKernels {
   SparseTile tile[2];
-  SparseDecode decode[2];  // or null: then the tile takes any number of tokens
+  SparseDecode decode[2];   // or null: then the tile takes any number of tokens
+  bool whole_rows = false;  // the tile of block rows of 8 takes all words at once
 };
 
 struct SparseLinearPath {
@@ -108,7 +109,7 @@ struct SparseLinearPath {
 };
 
 extern const SparseLinearPath kSparseLinearScalar, kSparseLinearAvx2, kSparseLinearAvxVnni, kSparseLinearAvx512Vnni,
-    kSparseLinearNeon;
+    kSparseLinearAmx, kSparseLinearNeon;
 
 const SparseLinearPath& sparse_linear_path(Path path);
 

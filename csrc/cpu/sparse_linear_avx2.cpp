@@ -8,6 +8,7 @@
 #include "int4_sparse_tile.h"
 #include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
+#include "sparse_gather_avx2.h"
 #include "sparse_linear.h"
 #include "sparse_multiply_avx2.h"
 #include "sparse_tile.h"
@@ -52,9 +53,10 @@ const SparseLinearPath kSparseLinearAvx2 = {
     quantize_row_avx2,
     row_to_float<Vec>,
     transpose_units,
-    {{tile_one_any<Signed>, tile_eight<Signed, 4, 2>}, {decode_one_any<Signed>, decode_eight_any<Signed>}},
-    {{tile16_one_any, tile16_eight}, {decode_one_any<Unsigned>, decode_eight_any<Unsigned>}},
-    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>}, {decode_one_any<Floats256>, decode_eight_any<Floats256>}},
+    {{tile_one_any<Signed>, tile_eight<Signed, 4, 2>}, {decode_gather_any<Signed>, decode_eight_any<Signed>}},
+    {{tile16_one_any, tile16_eight}, {decode_gather_any<Unsigned>, decode_eight_any<Unsigned>}},
+    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>},
+     {decode_gather_any<Floats256>, decode_eight_any<Floats256>}},
     {0x80, int4_unpack<UnsignedUnpacker<true>>, int4_tile<Pairs16, 4, 2>, int4_decode_any<Int4Pairs>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};

@@ -42,6 +42,7 @@ inline void dot_256(__m256i& sum, __m256i a, __m256i w) {
 }
 
 struct Bytes512 {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 16;
   using Sum = __m512i;
   using A = __m512i;
@@ -67,6 +68,7 @@ struct Bytes512 {
 };
 
 struct Floats512 {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 16;
   using Sum = __m512;
   using A = __m512;

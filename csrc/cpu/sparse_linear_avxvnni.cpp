@@ -8,6 +8,7 @@
 #include "int4_sparse_tile.h"
 #include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
+#include "sparse_gather_avx2.h"
 #include "sparse_linear.h"
 #include "sparse_multiply_avx2.h"
 #include "sparse_tile.h"
@@ -42,7 +43,7 @@ struct Int4Dot {
 };
 
 constexpr SparseKernels kBytes = {{tile_one_any<Dot>, tile_eight<Dot, 4, 3>},
-                                  {decode_one_any<Dot>, decode_eight_any<Dot>}};
+                                  {decode_gather_any<Dot>, decode_eight_any<Dot>}};
 
 }  // namespace
 
@@ -55,7 +56,8 @@ const SparseLinearPath kSparseLinearAvxVnni = {
     transpose_units,
     kBytes,
     kBytes,
-    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>}, {decode_one_any<Floats256>, decode_eight_any<Floats256>}},
+    {{tile_one_any<Floats256>, tile_eight<Floats256, 4, 3>},
+     {decode_gather_any<Floats256>, decode_eight_any<Floats256>}},
     {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Dot, 4, 3>, int4_decode_any<Int4Dot>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};

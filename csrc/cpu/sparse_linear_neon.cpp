@@ -16,6 +16,7 @@ namespace tcompress::cpu {
 namespace {
 
 struct Bytes {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 4;
   using Sum = int32x4_t;
   using A = int8x16_t;
@@ -34,6 +35,7 @@ struct Bytes {
 };
 
 struct Floats {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 4;
   using Sum = float32x4_t;
   using A = float32x4_t;

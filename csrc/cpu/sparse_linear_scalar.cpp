@@ -42,6 +42,7 @@ struct Lanes {
 
 // Activations -127 … 127 or 0 … 127: both are signed bytes.
 struct Bytes : Lanes<int32_t> {
+  static constexpr bool kRounds = false;
   static Sum start(const uint32_t*) { return zero(); }
   static float load_scale(const float* p) { return *p; }
   static void add_scaled(float* acc, const Sum& s, float scale) {
@@ -56,6 +57,7 @@ struct Bytes : Lanes<int32_t> {
 };
 
 struct Floats : Lanes<float> {
+  static constexpr bool kRounds = true;
   static Sum multiply_add(Sum s, A a, uint32_t w) {
     for (int t = 0; t < kLanes; ++t) s.v[t] += float_from_bits(a.v[t]) * float_from_bits(w);
     return s;

@@ -4,39 +4,18 @@
 
 #include <immintrin.h>
 
-#include <array>
 #include <cstdint>
 
 namespace tcompress::cpu {
 namespace {
 
-// For each set of eight lanes, which of the next units goes to each lane, -1 where none does.
-constexpr std::array<std::array<int32_t, 8>, 256> spread_table() {
-  std::array<std::array<int32_t, 8>, 256> table{};
-  for (int bits = 0; bits < 256; ++bits) {
-    int32_t next = 0;
-    for (int lane = 0; lane < 8; ++lane) {
-      const bool set = (bits >> lane & 1) != 0;
-      table[static_cast<size_t>(bits)][static_cast<size_t>(lane)] = set ? next : -1;
-      next += set;
-    }
-  }
-  return table;
-}
-
-alignas(32) constexpr std::array<std::array<int32_t, 8>, 256> kSpread = spread_table();
-
 inline __m256i load_256(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 inline __m256i broadcast_256(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int32_t>(*p)); }
 
-inline __m256i spread_256(const uint32_t* p, uint32_t bits) {
-  const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread[bits].data()));
-  return _mm256_andnot_si256(_mm256_srai_epi32(index, 31), _mm256_permutevar8x32_epi32(load_256(p), index));
-}
-
 // What all multipliers of bytes share.
 struct Bytes256 {
+  static constexpr bool kRounds = false;
   static constexpr int kLanes = 8;
   using Sum = __m256i;
   using A = __m256i;
@@ -53,7 +32,8 @@ struct Bytes256 {
   }
   static A broadcast_activation(const uint32_t* p) { return broadcast_256(p); }
   static __m256i load_weights(const uint32_t* p) { return load_256(p); }
-  static __m256i spread(const uint32_t* p, uint32_t bits) { return spread_256(p, bits); }
+  static A from_units(__m256i units) { return units; }
+  static __m256i weights(__m256i units) { return units; }
   static void store_total(uint32_t* p, Sum a, Sum b) {
     const __m256i s = _mm256_add_epi32(a, b);
     __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
@@ -64,6 +44,7 @@ struct Bytes256 {
 };
 
 struct Floats256 {
+  static constexpr bool kRounds = true;
   static constexpr int kLanes = 8;
   using Sum = __m256;
   using A = __m256;
@@ -76,7 +57,8 @@ struct Floats256 {
   static __m256 broadcast(const uint32_t* p) { return floats(broadcast_256(p)); }
   static A broadcast_activation(const uint32_t* p) { return floats(broadcast_256(p)); }
   static __m256 load_weights(const uint32_t* p) { return floats(load_256(p)); }
-  static __m256 spread(const uint32_t* p, uint32_t bits) { return floats(spread_256(p, bits)); }
+  static A from_units(__m256i units) { return floats(units); }
+  static __m256 weights(__m256i units) { return floats(units); }
   static Sum multiply_add(Sum s, A a, __m256 w) { return _mm256_fmadd_ps(a, w, s); }
   static void store_total(uint32_t* p, Sum a, Sum b) {
     const __m256 s = _mm256_add_ps(a, b);

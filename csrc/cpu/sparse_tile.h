@@ -1,8 +1,11 @@
 // Tiles of sparse_linear.h as templates over the multiplier of a path. Everything is in an anonymous namespace.
 //
-// A multiplier D has: kLanes, Sum (a register), zero(), add(s, t), load_sum(p), store_sum(p, s), A (a register of
-// activations, one unit of kLanes tokens), load(p), W (one unit of weights in every lane), broadcast(p), and
-// multiply_add(s, a, w).
+// A multiplier D has: kLanes, kRounds (whether its sums do), Sum (a register), zero(), add(s, t), load_sum(p),
+// store_sum(p, s), A (a register of activations, one unit of kLanes tokens), load(p), W (one unit of weights in every
+// lane), broadcast(p), and multiply_add(s, a, w).
+//
+// Sums that round are cut: a long chain of additions loses more digits than torch's sums do. After kMinChain kept units
+// or more, its sum is added to the total and a new one begins.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +21,8 @@ inline uint64_t kept_bits(uint64_t bits, uint64_t allowed, uint32_t at, uint32_t
   return static_cast<uint64_t>(at) + static_cast<uint64_t>(__builtin_popcountll(bits)) > blocks ? 0 : bits;
 }
 
+constexpr int kMinChain = 32;
+
 // A sum takes four or five cycles and two start in each: few vectors need a second set of sums, for every second unit.
 constexpr int chains(int vectors) { return vectors > 4 ? 1 : 2; }
 
@@ -28,14 +33,28 @@ void tile_one(const SparseTileArgs& args) {
     uint32_t at = args.cursor[row];
     uint32_t* acc = args.acc + row * kTokens;
     typename D::Sum sum[kChains][kVectors];
+    const auto begin = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      sum[0][v] = D::load_sum(acc + v * D::kLanes);
-      if (kChains == 2) sum[kChains - 1][v] = D::zero();
-    }
+      for (int v = 0; v < kVectors; ++v)
+        for (int chain = 0; chain < kChains; ++chain) sum[chain][v] = D::zero();
+    };
+    const auto end = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        if (kChains == 2) sum[0][v] = D::add(sum[0][v], sum[kChains - 1][v]);
+        D::store_sum(acc + v * D::kLanes, D::add(D::load_sum(acc + v * D::kLanes), sum[0][v]));
+      }
+    };
+    begin();
+    uint32_t chain_end = at + kMinChain;
     for (int64_t word = 0; word < args.words; ++word) {
       const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
       uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
+      if (D::kRounds && at >= chain_end) {
+        end();
+        begin();
+        chain_end = at + kMinChain;
+      }
       const uint32_t* a = args.a + word * kWordUnits * kTokens;
       const uint32_t* values = args.values + at;
       at += static_cast<uint32_t>(__builtin_popcountll(bits));
@@ -54,9 +73,7 @@ void tile_one(const SparseTileArgs& args) {
         }
       while (bits != 0) step(0);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v)
-      D::store_sum(acc + v * D::kLanes, kChains == 2 ? D::add(sum[0][v], sum[kChains - 1][v]) : sum[0][v]);
+    end();
     args.cursor[row] = at;
   }
 }
@@ -95,16 +112,23 @@ template <class D, int kOutputs, int kVectors>
 template <class D, int kOutputs, int kVectors>
 void piece_eight(const uint32_t* a, const uint32_t* positions, int count, const uint32_t* values, uint32_t* acc,
                  int64_t tokens) {
-  typename D::Sum sum[kOutputs][kVectors];
+  constexpr int kChain = D::kRounds ? kMinChain * 2 : kMaxBlockWords * kWordUnits;
+  for (int first = 0; first < count; first += kChain) {
+    const int blocks = count - first < kChain ? count - first : kChain;
+    typename D::Sum sum[kOutputs][kVectors];
 #pragma GCC unroll 8
-  for (int j = 0; j < kOutputs; ++j)
+    for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) sum[j][v] = D::load_sum(acc + j * tokens + v * D::kLanes);
-  add_blocks<D, kOutputs, kVectors>(a, positions, count, values, sum);
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = D::zero();
+    add_blocks<D, kOutputs, kVectors>(a, positions + first, blocks, values + first * kMaxBlockRows, sum);
 #pragma GCC unroll 8
-  for (int j = 0; j < kOutputs; ++j)
+    for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) D::store_sum(acc + j * tokens + v * D::kLanes, sum[j][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        uint32_t* total = acc + j * tokens + v * D::kLanes;
+        D::store_sum(total, D::add(D::load_sum(total), sum[j][v]));
+      }
+  }
 }
 
 // Vectors of the next piece where `left` are left: 2 + 2 rather than 3 + 1.

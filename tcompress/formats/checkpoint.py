@@ -26,7 +26,7 @@ from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.fuse import fuse
 from tcompress.integrations.attention_modules import CHILD, attach, interface_modules
 from tcompress.match import COMPRESSED
-from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedLinear
+from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
 
@@ -139,7 +139,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = new_model(metadata.transformers).eval()
     replacements, attentions = _build_modules(metadata, model)
     _check_fit(folder, model, replacements, state)
-    _install(model, replacements, state, metadata)
+    filled = _fill_sparse(replacements, state)
+    _install(model, replacements, state, filled, metadata)
     if attentions:
         attach(model, attentions)
     return model
@@ -264,7 +265,8 @@ def _build_modules(metadata: Metadata, model: nn.Module) -> tuple[dict[str, nn.M
         if wrong is not None:
             raise ValueError(message("load", f"model.{name}", *wrong, hint))
         module = built[name] = built[spec] if isinstance(spec, str) else build(specs[name])
-        if not attaches and isinstance(module, QuantizedLinear):  # the activation is gone from the model that has it
+        # An activation that the model's layer has taken is gone from the model.
+        if not attaches and isinstance(module, QuantizedLinear | SparseLinear):
             module.fused_activation = getattr(places[name], "fused_activation", "none")
         module.train((places[parent] if attaches else places[name]).training)
         if attaches and isinstance(module, Int8Attention):
@@ -302,6 +304,30 @@ def _check_fit(
         raise ValueError(f"load: {folder}: does not fit the model: {'; '.join(problems[:5])}{more}")
 
 
+def _fill_sparse(replacements: dict[str, nn.Module], state: dict[str, torch.Tensor]) -> set[str]:
+    """Loads the sparse layers, before the model is touched: that an index is sound shows when it is unpacked.
+
+    Returns:
+        The keys of what they hold.
+    """
+    keys: dict[nn.Module, list[str]] = {}
+    filled: set[str] = set()
+    for place, replacement in replacements.items():
+        for inner, module in replacement.named_modules(remove_duplicate=False):
+            if not isinstance(module, SparseLinear):
+                continue
+            name = f"{place}.{inner}".rstrip(".")
+            if module not in keys:
+                keys[module] = list(module.state_dict())
+                try:
+                    module.load_state_dict({key: state[f"{name}.{key}"] for key in keys[module]}, assign=True)
+                except RuntimeError as error:
+                    got = f"a damaged weight ({' '.join(str(error).split())})"
+                    raise ValueError(message("load", f"module {name}", got, "a whole one")) from error
+            filled |= {f"{name}.{key}" for key in keys[module]}
+    return filled
+
+
 def _share_tied(model: nn.Module, metadata: Metadata) -> None:
     """Modules that share a weight in the file hold one kernel layout of it."""
     for key, target in metadata.aliases.items():
@@ -311,13 +337,18 @@ def _share_tied(model: nn.Module, metadata: Metadata) -> None:
 
 
 def _install(
-    model: nn.Module, replacements: dict[str, nn.Module], state: dict[str, torch.Tensor], metadata: Metadata
+    model: nn.Module,
+    replacements: dict[str, nn.Module],
+    state: dict[str, torch.Tensor],
+    filled: set[str],
+    metadata: Metadata,
 ) -> None:
     for name, module in replacements.items():
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = module
     # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
-    model.load_state_dict(state, assign=True)
+    others = {key: value for key, value in state.items() if key not in filled}
+    model.load_state_dict(others, strict=not filled, assign=True)
     _share_tied(model, metadata)
     first: dict[int, nn.Parameter] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeAlias
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.match import COMPRESSED, is_conv1d
-from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear
+from tcompress.match import COMPRESSED
+from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.packing import SparseWeight
 from tcompress.quantize.scheme import Scheme
-from tcompress.replace import linear_weight
+from tcompress.weights import is_conv1d, linear_weight
 
 #: The float types by the names that a checkpoint uses.
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -52,6 +53,25 @@ class EmbeddingSpec(_Spec):
     padding_idx: int | None = None
 
 
+class SparseSpec(BaseModel):
+    """A `SparseLinear`. `values` and `index` are the lengths of what it stores; `dtype` is that of the values, and
+    `bias` that of the bias, if there is one. `layout` is the kernel's, on the machine that wrote it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["SparseLinear"] = "SparseLinear"
+    in_features: int
+    out_features: int
+    scheme: Scheme | None
+    dtype: Literal["int8", "float32", "bfloat16", "float16"]
+    bias: DtypeName | None
+    pattern: str
+    index_kind: Literal["bitmap", "delta", "positions"]
+    values: int = Field(ge=0)
+    index: int = Field(ge=0)
+    layout: str
+    activation: str = "none"
+
+
 class _AttentionSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,7 +98,7 @@ class MultiheadAttentionSpec(_AttentionSpec):
     dtype: DtypeName
 
 
-Spec: TypeAlias = LinearSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
+Spec: TypeAlias = LinearSpec | SparseSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
 #: The classes that a checkpoint describes.
 DESCRIBED = (*COMPRESSED, Int8Attention, Int8MultiheadAttention)
 
@@ -88,7 +108,8 @@ def describe(module: nn.Module) -> Spec:
     if isinstance(module, Int8Attention):
         return AttentionSpec(bits=module.bits, precision=module.precision)
     if isinstance(module, Int8MultiheadAttention):
-        projections = [child for child in module.children() if isinstance(child, nn.Linear | QuantizedLinear)]
+        kinds = nn.Linear | QuantizedLinear | SparseLinear
+        projections = [child for child in module.children() if isinstance(child, kinds)]
         floats = [child.weight.dtype for child in projections if isinstance(child, nn.Linear)]
         return MultiheadAttentionSpec(
             embed_dim=module.embed_dim,
@@ -107,6 +128,21 @@ def describe(module: nn.Module) -> Spec:
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.bias is not None,
+            activation=module.activation,
+        )
+    if isinstance(module, SparseLinear):
+        packed = module.packed
+        return SparseSpec(
+            in_features=module.in_features,
+            out_features=module.out_features,
+            scheme=module.scheme,
+            dtype=_name(packed.values.dtype),  # type: ignore[arg-type]
+            bias=None if module.bias is None else _name(module.bias.dtype),
+            pattern=packed.pattern,
+            index_kind=packed.index_kind,  # type: ignore[arg-type]
+            values=packed.values.numel(),
+            index=packed.index.numel(),
+            layout=module.layout,
             activation=module.activation,
         )
     if isinstance(module, QuantizedEmbedding):
@@ -136,6 +172,8 @@ def build(spec: Spec) -> nn.Module:
             device="meta",
             dtype=DTYPES[spec.dtype],
         )
+    if isinstance(spec, SparseSpec):
+        return _build_sparse(spec)
     dtype = DTYPES[spec.dtype]
     if isinstance(spec, LinearSpec):
         shape = (spec.in_features, spec.out_features, spec.bias, spec.scheme)
@@ -144,10 +182,23 @@ def build(spec: Spec) -> nn.Module:
     return QuantizedEmbedding(*table, device="meta", dtype=dtype)
 
 
+def _build_sparse(spec: SparseSpec) -> SparseLinear:
+    shape, bits = (spec.out_features, spec.in_features), {"int8": 8, "float32": 32}.get(spec.dtype, 16)
+    values = torch.empty(spec.values, dtype=getattr(torch, spec.dtype), device="meta")
+    index = torch.empty(spec.index, dtype=torch.uint8, device="meta")
+    scale = None if spec.scheme is None else torch.empty(spec.out_features, device="meta")
+    bias = None if spec.bias is None else torch.empty(spec.out_features, dtype=DTYPES[spec.bias], device="meta")
+    try:
+        packed = SparseWeight(values, index, spec.index_kind, shape, spec.pattern, bits, scale)
+        return SparseLinear(packed, bias, spec.scheme, spec.layout, spec.activation)
+    except (ValueError, TypeError) as error:
+        raise ValueError(message("load", "SparseLinear", f"a wrong description ({error})", "a checkpoint")) from error
+
+
 def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
     """What a model has at a place and what the checkpoint has there, or None if they agree."""
     got = type(module).__name__
-    if isinstance(module, nn.Linear | QuantizedLinear):
+    if isinstance(module, nn.Linear | QuantizedLinear | SparseLinear):
         got = _linear(module.out_features, module.in_features, module.bias is not None)
     elif is_conv1d(module):
         n, k = linear_weight(module).shape
@@ -164,6 +215,8 @@ def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
         expected = _multihead(spec.embed_dim, spec.num_heads, spec.kdim, spec.vdim)
     elif isinstance(spec, LinearSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias)
+    elif isinstance(spec, SparseSpec):
+        expected = _linear(spec.out_features, spec.in_features, spec.bias is not None)
     else:
         expected = _embedding(spec.num_embeddings, spec.embedding_dim)
     return None if got == expected else (got, expected)

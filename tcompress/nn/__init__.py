@@ -9,6 +9,7 @@ from tcompress.nn.multihead_attention import MultiHeadAttention
 from tcompress.nn.positional_encoding import PositionalEncoding
 from tcompress.nn.quantized_embedding import QuantizedEmbedding
 from tcompress.nn.quantized_linear import QuantizedLinear
+from tcompress.nn.sparse_linear import SparseLinear
 from tcompress.nn.transformer_encoder import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PositionalEncoding",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "SparseLinear",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

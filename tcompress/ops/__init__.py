@@ -19,6 +19,7 @@ from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import quantize_per_token
 from tcompress.ops.quantized_attention import int8_attention, quantized_attention
 from tcompress.ops.quantized_attention_varlen import int8_attention_varlen, quantized_attention_varlen
+from tcompress.ops.short_attention import short_attention
 from tcompress.ops.sparse_linear import sparse_linear
 from tcompress.ops.sparse_prepack import sparse_prepack
 from tcompress.ops.sparse_unpack import sparse_unpack
@@ -45,6 +46,7 @@ __all__ = [
     "quantize_per_token",
     "quantized_attention",
     "quantized_attention_varlen",
+    "short_attention",
     "sparse_linear",
     "sparse_prepack",
     "sparse_unpack",

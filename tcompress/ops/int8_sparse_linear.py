@@ -35,7 +35,8 @@ def int8_sparse_linear(
         kernel_weight: the result of `sparse_prepack(weight, layout)` of an int8 weight [N, K].
         weight_scale: [N] float32.
         bias: [N], any float type, or None.
-        layout: "1x4" or "8x4".
+        layout: "1x4", "8x4" or "2:4". With the last, asymmetric activations on x86 alone are multiplied without the
+            zeros; otherwise the weight is unpacked at each call, which is slower than `int8_linear`.
         act_bits, act_symmetric, activation, out_dtype, residual: as in `int8_linear`; `out_dtype=torch.int32` gives
             the sums.
 

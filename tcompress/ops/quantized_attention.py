@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -20,6 +20,10 @@ Window = int | tuple[int, int] | None
 MAX_HEAD_DIM = 256
 #: What `bits="auto"` means on a path of the CPU; 12 elsewhere. See docs/design/007.
 AUTO_BITS = {"avx512vnni": 8, "amx": 8}
+#: `bits="auto"` is float32 (`short_attention`) up to so many keys, and pairs of a query with a key for each head of k:
+#: below, quantizing takes longer than what it saves. See docs/design/007.
+MAX_SHORT_KEYS = 64
+MAX_SHORT_PAIRS = 48 * 48
 
 
 def quantized_attention(
@@ -47,8 +51,8 @@ def quantized_attention(
         P        = 2^(s - max s)                  per block of 64 keys, integers of 13 bits, in 16-bit arithmetic
         O        = Σ over blocks, rescaled to the common maximum, of (P · scales of V) V      P V exact, in int32
 
-    The result is the same on every path of the CPU, bit for bit. Relative error against float64 on normal inputs:
-    about 0.001 with 12 bits, 0.011 with 8.
+    The result of 8 or 12 bits is the same on every path of the CPU, bit for bit. Relative error against float64 on
+    normal inputs: about 0.001 with 12 bits, 0.011 with 8.
 
     Papers: the blockwise softmax, Milakov & Gimelshein, arXiv 1805.02867, section 3, and Dao et al., arXiv 2205.14135,
     section 3.1; smoothing of K, Zhang et al. (SageAttention), arXiv 2410.02367, section 4.2.
@@ -58,7 +62,10 @@ def quantized_attention(
         k: [B, Hkv, Skv, D], like q.
         v: [B, Hkv, Skv, Dv], like q; Dv is at most 256.
         bits: 8 or 12, of q, k and v. "auto" takes what this processor runs fastest: 8 where it has a dot product of
-            bytes (AVX-512 VNNI, AMX), else 12, which there cost no more.
+            bytes (AVX-512 VNNI, AMX), else 12, which there cost no more; and float32 instead of integers where these
+            bring no speed: for at most 64 keys and 2304 pairs of a query with a key (48 × 48) for each head of k,
+            without mask, left limit of a window, softcap or return_lse. Its error is then that of `short_attention`,
+            below that of 12 bits, and its last places may differ from path to path.
         mask: broadcastable to [B, H, Sq, Skv]. bool: True lets a query see a key. float: added to the scores; -inf
             hides the key.
         is_causal: True or "top_left": query i sees the keys 0 … i, torch's convention. "bottom_right": it sees the keys
@@ -82,10 +89,17 @@ def quantized_attention(
         anything is computed. Inference only: backward raises.
     """
     op = "quantized_attention"
-    check_heads(op, q, k, v, enable_gqa)
+    h, hkv, sq, skv, d = check_heads(op, q, k, v, enable_gqa)
+    short = bits == "auto" and mask is None and not return_lse and is_short(h, hkv, sq, skv)
+    if short and is_causal is False and window is None and softcap is None and scale is None:
+        # Nothing is left to check: as much time as four heads take.
+        return backend.call("short_attention", q, k, v, skv, 1 / math.sqrt(d or 1))
     if mask is not None:
-        mask = expanded_mask(op, mask, (*q.shape[:3], k.shape[2]))
-    options = checked_options(op, bits, is_causal, window, softcap, scale, q.shape[-1])
+        mask = expanded_mask(op, mask, (*q.shape[:3], skv))
+    options = checked_options(op, bits, is_causal, window, softcap, scale, d)
+    _, bottom_right, left, right, cap, factor = options
+    if short and left < 0 and not cap:
+        return backend.call("short_attention", q, k, v, keys_of_first(bottom_right, right, sq, skv), factor)
     out, lse = backend.call(op, q, k, v, mask, *options, return_lse)
     return (out, lse) if return_lse else out
 
@@ -120,8 +134,18 @@ def int8_attention(
 
 
 def auto_bits() -> int:
-    """What `bits="auto"` means here."""
+    """What `bits="auto"` means here, where it means integers."""
     return AUTO_BITS.get(backend.cpu_path() or "reference", 12)
+
+
+def is_short(h: int, hkv: int, sq: int, skv: int) -> bool:
+    """Whether `bits="auto"` means float32 for a problem of this size."""
+    return skv <= MAX_SHORT_KEYS and h * sq * skv <= MAX_SHORT_PAIRS * hkv
+
+
+def keys_of_first(bottom_right: bool, right: int, sq: int, skv: int) -> int:
+    """How many keys the first query sees (or less than none), of options without a limit to the left."""
+    return skv if right < 0 else 1 + right + (skv - sq if bottom_right else 0)
 
 
 def checked_options(
@@ -158,10 +182,12 @@ def _window(op: str, window: Window) -> tuple[int, int]:
     raise ValueError(message(op, "window", repr(window), "an int, (left, right) or None", "-1 means no limit"))
 
 
-def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool) -> None:
-    """Raises unless q, k and v are float tensors of one type and fitting shapes."""
+def check_heads(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool
+) -> tuple[int, int, int, int, int]:
+    """Raises unless q, k and v are float tensors of one type and fitting shapes. Returns H, Hkv, Sq, Skv and D."""
     try:  # what fits is seen in a fraction of a microsecond: a small attention takes a few
-        b, h, _, d = q.shape
+        b, h, sq, d = q.shape
         kb, kh, tokens, kd = k.shape
         vb, vh, v_tokens, dv = v.shape
     except (AttributeError, ValueError):
@@ -182,11 +208,11 @@ def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enab
     ):
         if h != kh:
             check_groups(op, h, kh, enable_gqa)
-        return
+        return h, kh, sq, tokens, d
     _refuse_heads(op, q, k, v)
 
 
-def _refuse_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _refuse_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> NoReturn:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_float(x, op, name)
         if x.dim() != 4:
@@ -296,3 +322,26 @@ define(
     )
 )
 backend.register_kernel("quantized_attention", "cpu", unsupported=cpu_unsupported)
+
+
+def _stand_in(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *others: Any,  # the op's own arguments, where the bits are chosen
+    bits: Bits = "auto",
+    mask: torch.Tensor | None = None,
+    is_causal: Causal = False,
+    window: Window = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> str | None:
+    if others or bits != "auto" or mask is not None or softcap or return_lse:
+        return None
+    h, hkv, sq, skv, d = check_heads("explain", q, k, v, True)
+    left = checked_options("explain", bits, is_causal, window, softcap, None, d)[2]
+    return "short_attention" if left < 0 and is_short(h, hkv, sq, skv) else None
+
+
+backend.register_stand_in("quantized_attention", _stand_in)

@@ -9,6 +9,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
+from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
 
 WORD = 64  # units whose places one word of the bitmap holds
 UNIT_BYTES = 4
@@ -29,26 +30,36 @@ def sparse_prepack(weight: torch.Tensor, layout: str) -> torch.Tensor:
 
     Args:
         weight: [N, K] float32, or int8.
-        layout: float32: "unstructured" or "8x4" (8 outputs; K is free). int8: "1x4" or "8x4".
+        layout: float32: "unstructured" or "8x4" (8 outputs; K is free). int8: "1x4", "8x4", or "2:4" for a weight of
+            which at most two in each four along K are not zero; those are kept and nothing else
+            (`csrc/cpu/two_four_layout.h`).
 
     Returns:
-        One-dimensional int8 tensor; its size depends on the zeros.
+        One-dimensional int8 tensor; its size depends on the zeros, but not with "2:4".
 
     Raises:
-        TypeError: a wrong dtype. ValueError: not two-dimensional, or an unknown layout.
+        TypeError: a wrong dtype. ValueError: not two-dimensional, an unknown layout, or a weight that is not 2:4.
     """
     if weight.dtype not in LAYOUTS:
         raise TypeError(message("sparse_prepack", "weight", weight.dtype, "float32 or int8"))
     if weight.dim() != 2:
         raise ValueError(message("sparse_prepack", "weight", f"{weight.dim()} dimensions", "[N, K]"))
     check_layout("sparse_prepack", layout, weight.dtype)
+    if layout == TWO_FOUR and not is_two_four(weight):
+        raise ValueError(message("sparse_prepack", "weight", "more than two of four", "at most two that are not zero"))
     return backend.call("sparse_prepack", weight, layout)
+
+
+def layouts_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """All layouts of float32 or int8 weights; "2:4" is not for any weight."""
+    return (*LAYOUTS[dtype], *((TWO_FOUR,) if dtype == torch.int8 else ()))
 
 
 def check_layout(op: str, layout: str, dtype: torch.dtype) -> None:
     """Raises unless weights of this type have such a layout."""
-    if layout not in LAYOUTS[dtype]:
-        raise ValueError(message(op, "layout", repr(layout), f"one of {tuple(LAYOUTS[dtype])} for {dtype}"))
+    names = layouts_of(dtype)
+    if layout not in names:
+        raise ValueError(message(op, "layout", repr(layout), f"one of {names} for {dtype}"))
 
 
 def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[str, int]:
@@ -94,6 +105,8 @@ def unpack_bitmap(bitmap: torch.Tensor, rows: int, units: int) -> torch.Tensor:
 
 
 def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == TWO_FOUR:
+        return pack_two_four(weight)
     n, k = weight.shape
     integers = weight.dtype == torch.int8
     blocks = blocks_of(weight, LAYOUTS[weight.dtype][layout])
@@ -129,6 +142,8 @@ def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def fake(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == TWO_FOUR:
+        return weight.new_empty(two_four_bytes(*weight.shape))
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 

@@ -9,6 +9,7 @@ from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import QUAD
 from tcompress.ops.sparse_prepack import LAYOUTS, PAD, check_layout, parts, unit_count, unpack_bitmap
+from tcompress.ops.sparse_two_four import TWO_FOUR, two_four_bytes, unpack_two_four
 
 
 def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -19,6 +20,9 @@ def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtyp
         n, k: the shape of the weight.
         dtype: its type, torch.float32 or torch.int8.
         layout: as it was packed.
+
+    Returns:
+        [N, K].
 
     Raises:
         TypeError: a wrong dtype. ValueError: an unknown layout, or a size that no such weight gives.
@@ -34,6 +38,12 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
     check_layout(op, layout, dtype)
     if kernel_weight.dtype != torch.int8:
         raise TypeError(message(op, "kernel_weight", kernel_weight.dtype, "int8, from sparse_prepack"))
+    if layout == TWO_FOUR:
+        size = two_four_bytes(n, k) if min(n, k) >= 0 else -1
+        if kernel_weight.shape != (size,):
+            expected = f"[{size}] for N={n}, K={k}" if size >= 0 else "sizes of at least 0"
+            raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), expected, "from sparse_prepack"))
+        return
     least = parts(n, k, dtype, layout, 0)["bytes"] if min(n, k) >= 0 else 0
     block = LAYOUTS[dtype][layout] * 4
     size = kernel_weight.numel()
@@ -43,6 +53,8 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
 
 
 def reference(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    if layout == TWO_FOUR:
+        return unpack_two_four(kernel_weight, n, k)
     block_rows, units = LAYOUTS[dtype][layout], unit_count(k, dtype)
     rows = -(-n // block_rows)
     where = parts(n, k, dtype, layout, 0)

@@ -27,6 +27,7 @@ class LayerReport(BaseModel):
         action: the scheme's name, or "skipped", with `reason`.
         shape: of the weight, as [N, K].
         bytes_before, bytes_after: of its state dict.
+        sparsity: part of the stored weight that is zero; None where nothing was changed.
         weight_sqnr_db: signal-to-quantization-noise ratio of the weight, 10·log10(ΣW² / Σ(Ŵ-W)²).
         output_sqnr_db: the same for its output on the data; None without data or if it was never called.
     """
@@ -40,6 +41,7 @@ class LayerReport(BaseModel):
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
+    sparsity: float | None = None
     weight_sqnr_db: float | None = None
     output_sqnr_db: float | None = None
 
@@ -110,7 +112,7 @@ class Report(BaseModel):
         table = Table(title=f"{len(self.compressed)} layers compressed, {len(self.skipped)} skipped")
         for heading in ("layer", "type", "shape", "action"):
             table.add_column(heading, overflow="fold")
-        for heading in ("MiB", "weight SQNR dB", "output SQNR dB"):
+        for heading in ("zeros", "MiB", "weight SQNR dB", "output SQNR dB"):
             table.add_column(heading, justify="right")
         for layer in self.layers:
             more = f" (+{len(layer.aliases)})" if layer.aliases else ""
@@ -120,7 +122,8 @@ class Report(BaseModel):
                 change += f" → {layer.bytes_after / MIB:.2f}"
             shape = "×".join(map(str, layer.shape))
             ratios = (_db(layer.weight_sqnr_db), _db(layer.output_sqnr_db))
-            cells = ((layer.name or "(root)") + more, layer.kind, shape, action, change, *ratios)
+            zeros = "-" if layer.sparsity is None else f"{layer.sparsity:.0%}"
+            cells = ((layer.name or "(root)") + more, layer.kind, shape, action, zeros, change, *ratios)
             table.add_row(*map(Text, cells))  # as Text: a reason such as "ignored by 'layer.[ab]'" is no markup
         return table
 

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "guarded.h"
+#include "short_attention.h"
 
 namespace cpu = tcompress::cpu;
 
@@ -141,7 +142,7 @@ void attend_cached(const char* path, const Case& c, Inputs& in, Result* result, 
 }
 
 // Σ|Δ| / Σ|O| against float64.
-double error_of(const Case& c, Inputs& in, Result& result) {
+double error_of(const Case& c, Inputs& in, Result& result, bool lse_too = true) {
   double difference = 0, size = 1e-30;
   const double scale = 1 / std::sqrt(static_cast<double>(c.d));
   std::vector<double> p(c.skv), o(c.dv);
@@ -167,6 +168,7 @@ double error_of(const Case& c, Inputs& in, Result& result) {
         difference += std::fabs(result.out[(h * c.sq + i) * c.dv + e] - o[e]);
         size += std::fabs(o[e]);
       }
+      if (!lse_too) continue;
       const double lse = total > 0 ? std::log(total) + highest : -INFINITY;
       const double got = result.lse[h * c.sq + i];
       check(lse == got || std::fabs(lse - got) < (c.bits == 8 ? 0.1 : 0.01), describe(c) + " lse");
@@ -199,6 +201,74 @@ void run_case(const char* path, Case c) {
     }
 }
 
+// In float32: every path against float64. A query that sees something hostile gives NaN, on every path the same ones.
+void run_short(const char* path, Case c) {
+  for (bool at_end : {true, false}) {
+    c.at_end = at_end;
+    c.bits = 12;
+    Inputs in(c);
+    Result got(c);
+    cpu::ShortArgs args{};
+    args.batch = 1;
+    args.heads = c.heads;
+    args.kv_heads = c.kv_heads;
+    args.sq = c.sq;
+    args.skv = c.skv;
+    args.d = c.d;
+    args.dv = c.dv;
+    args.dtype = cpu::DType::kFloat32;
+    args.q = {in.q.data(), 0, c.sq * c.d, c.d};
+    args.k = {in.k.data(), 0, c.skv * c.d, c.d};
+    args.v = {in.v.data(), 0, c.skv * c.dv, c.dv};
+    args.first = c.right < 0 ? c.skv : 1 + c.right + (c.bottom_right ? c.skv - c.sq : 0);
+    args.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c.d)));
+    args.out = got.out.data();
+    args.out_stride_h = c.sq * c.dv;
+    args.out_stride_s = c.dv;
+    cpu::force_path(path);
+    cpu::short_attention(args, c.threads);
+    const std::string what = std::string(path) + " short " + describe(c);
+    if (!c.hostile) {
+      const double error = error_of(c, in, got, /*lse_too=*/false);
+      check(error < 2e-6, what + " error " + std::to_string(error));
+      continue;
+    }
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.sq; ++i) {
+        const auto finite = [&](Guarded<float>& x, int64_t row, int64_t n) {
+          for (int64_t e = 0; e < n; ++e)
+            if (!std::isfinite(x[row * n + e])) return false;
+          return true;
+        };
+        bool bad = false;
+        for (int64_t j = 0; j < c.skv; ++j) {
+          const int64_t row = h / (c.heads / c.kv_heads) * c.skv + j;
+          bad |= in.visible(c, i, j) &&
+                 !(finite(in.q, h * c.sq + i, c.d) && finite(in.k, row, c.d) && finite(in.v, row, c.dv));
+        }
+        for (int64_t e = 0; e < c.dv; ++e) check(std::isnan(got.out[(h * c.sq + i) * c.dv + e]) == bad, what + " NaN");
+      }
+  }
+}
+
+void run_all_short(const char* name, bool few) {
+  for (int64_t sq : few ? std::vector<int64_t>{1, 7} : std::vector<int64_t>{1, 2, 3, 4, 5, 7, 13})
+    for (int64_t skv : few ? std::vector<int64_t>{1, 18} : std::vector<int64_t>{1, 3, 4, 5, 15, 16, 17, 33, 63, 64})
+      for (int64_t d : few ? std::vector<int64_t>{18} : std::vector<int64_t>{1, 15, 16, 33, 64, 256}) {
+        run_short(name, {2, 1, sq, skv, d, d < 254 ? d + 3 : d});
+        run_short(name, {2, 2, sq, skv, d, d, 12, -1, 0, true});
+      }
+  run_short(name, {2, 2, 9, 9, 64, 64, 12, -1, 0, false, MaskKind::kNone, 0, /*hostile=*/true});
+  run_short(name, {2, 1, 20, 7, 30, 48, 12, -1, 0, true, MaskKind::kNone, 0, /*hostile=*/true});
+  for (int threads : {2, 3}) {
+    Case c{4, 4, 48, 48, 64, 64, 12, -1, 0, false};
+    c.threads = threads;
+    run_short(name, c);
+    c.heads = c.kv_heads = 1;
+    run_short(name, c);
+  }
+}
+
 }  // namespace
 
 void run_attention(cpu::Path path, bool few) {
@@ -217,6 +287,7 @@ void run_attention(cpu::Path path, bool few) {
   run_case(name, {2, 2, 9, 100, 24, 16, 8, -1, 0, true, MaskKind::kNone, 0, true});
   run_case(name, {2, 2, 9, 100, 24, 16, 8, -1, -1, false, MaskKind::kFloat, 2.f, true});
   run_case(name, {1, 1, 3, 130, 256, 256});
+  run_all_short(name, few);
   if (few) return;
   for (int threads : {2, 3}) {
     Case c{4, 4, 130, 300, 64, 64, 8, -1, 0, false};

@@ -12,7 +12,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
 KERNELS = sorted(CPU.glob("*.cpp"))
-KERNELS_TEST = [HERE / "kernels_test.cpp", HERE / "int4_kernels.cpp", HERE / "attention_kernels.cpp"]
+KERNELS_TEST = [
+    HERE / f"{name}.cpp"
+    for name in ("kernels_test", "int4_kernels", "attention_kernels", "sparse_kernels", "two_four_kernels")
+]
 FLAGS = ["-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
 
 

@@ -20,6 +20,8 @@
 #include "int8_linear.h"
 #include "path.h"
 #include "quantize_per_token.h"
+#include "sparse_kernels.h"
+#include "two_four_kernels.h"
 
 namespace cpu = tcompress::cpu;
 
@@ -246,6 +248,8 @@ int main(int argc, char** argv) {
     cpu::force_path(name);  // throws where it cannot run
     run_path(cpu::current_path(), few);
     run_int4(cpu::current_path(), few);
+    run_sparse(cpu::current_path(), few);
+    run_two_four(cpu::current_path(), few);
     {
       const cpu::Path path = cpu::current_path();
       run_attention(path, few);

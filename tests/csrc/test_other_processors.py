@@ -23,6 +23,8 @@ EMULATED = (
     "int8_linear_avx512vnni",
     "quantize_per_token_avx2",
     "quantize_per_token_avx512",
+    "sparse_linear_avxvnni",
+    "sparse_linear_avx512vnni",
 )
 WITH_DOT_PRODUCT, WITHOUT = "neoverse-n1", "cortex-a72"
 

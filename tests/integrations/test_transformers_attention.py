@@ -254,7 +254,9 @@ def _run(model: Any, inputs: dict[str, torch.Tensor], implementation: str) -> to
 @pytest.mark.parametrize(
     "factory", [*tiny.DECODERS, tiny.bert, tiny.modernbert, tiny.t5, tiny.vit, tiny.whisper], ids=lambda f: f.__name__
 )
-def test_models(factory, padded):
+def test_models(factory, padded, monkeypatch):
+    # What is computed in float32 could not be told from the eager attention.
+    monkeypatch.setattr(sys.modules["tcompress.ops.quantized_attention"], "MAX_SHORT_PAIRS", -1)
     model, inputs = tiny.made(factory), _inputs(factory, padded)
     if padded and "attention_mask" not in inputs:
         pytest.skip("nothing to pad")

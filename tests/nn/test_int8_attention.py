@@ -174,7 +174,7 @@ def test_gradients(options):
 
 def test_backward_of_quantized_attention_raises():
     q, k, v = (x.requires_grad_() for x in inputs())
-    with pytest.raises(RuntimeError, match="quantized_attention: backward: got a gradient, expected inference only"):
+    with pytest.raises(RuntimeError, match="short_attention: backward: got a gradient, expected inference only"):
         Int8Attention()(q, k, v).sum().backward()
 
 

@@ -24,6 +24,15 @@ def _attention() -> Iterator[tuple[Any, ...]]:
     yield (q, k[:, :, :0], v[:, :, :0], None, 8, False, -1, 0, 0.0, 0.3, True)
 
 
+def _short() -> Iterator[tuple[Any, ...]]:
+    q, k, v = _normal(2, 4, 7, 10), _normal(2, 2, 9, 10), _normal(2, 2, 9, 5)
+    yield (q, k, v, 9, 0.3)
+    yield (q.bfloat16(), k.bfloat16(), v.bfloat16(), 1, -0.3)
+    heads_last = [x.half().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    yield (*heads_last, -2, 0.1)
+    yield (q, k[:, :, :0], v[:, :, :0], 0, 0.3)
+
+
 def _varlen() -> Iterator[tuple[Any, ...]]:
     q, k, v = _normal(9, 4, 10), _normal(75, 2, 10), _normal(75, 2, 5)
     offsets, key_offsets = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 70, 72, 75])
@@ -65,6 +74,7 @@ def _cache_attention() -> Iterator[tuple[Any, ...]]:
 
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantized_attention": tuple(_attention()),
+    "short_attention": tuple(_short()),
     "quantized_attention_varlen": tuple(_varlen()),
     "kv_cache_append": tuple(_append()),
     "kv_cache_attention": tuple(_cache_attention()),

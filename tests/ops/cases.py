@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention_samples
+import int4_sparse_cases
+import sparse_cases
 import torch
 
 from tcompress import _C
@@ -414,4 +416,6 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int8_multi_linear": tuple(_multi_samples(8)),
     "int4_multi_linear": tuple(_multi_samples(4)),
     **attention_samples.SAMPLES,
+    **sparse_cases.SAMPLES,
+    **int4_sparse_cases.SAMPLES,
 }

@@ -3,9 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
+import int4_sparse_cases
 import oracle
 import pytest
+import sparse_cases
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tcompress import ops, use_backend, use_cpu_path
 from tcompress.ops._registry import OPS
@@ -14,6 +18,10 @@ SAMPLES = [(op, i) for op, samples in cases.SAMPLES.items() for i in range(len(s
 SHAPE = cases.Shape("dispatch", 5, 33, 20)
 X, WEIGHT, SCALE, BIAS = cases.linear_operands(SHAPE, torch.float32)
 INT4 = cases.int4_weight(cases.random_int4(33, 20), zeros="random")
+SPARSE = ops.sparse_prepack(sparse_cases.weight(33, 20, torch.float32), "unstructured")
+SPARSE_INT8 = ops.sparse_prepack(sparse_cases.weight(33, 20, torch.int8), "8x4")
+SPARSE_INT4 = ops.int4_sparse_prepack(int4_sparse_cases.weight(33, 20), int4_sparse_cases.scales(33, 20, 32), 32)
+SIZE_DEPENDS_ON_DATA = ("sparse_prepack", "int4_sparse_prepack")
 
 
 def outputs(result):
@@ -43,8 +51,12 @@ def test_opcheck(op, i):
         "int4_linear",
         "int8_multi_linear",
         "int4_multi_linear",
+        "sparse_linear",
+        "int8_sparse_linear",
+        "int4_sparse_linear",
         "quantized_attention",
         "quantized_attention_varlen",
+        "short_attention",
         "kv_cache_attention",
     ],
 )
@@ -77,11 +89,23 @@ def results(function, op, arguments):
     return tuple(a for a in changed if isinstance(a, torch.Tensor))
 
 
+def fake_of_unknown_size(op, arguments):
+    """The fake result, whose sizes torch has to be told of."""
+    with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)) as mode:
+        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        return outputs(getattr(torch.ops.tcompress, op)(*fake))
+
+
 @pytest.mark.parametrize(("op", "i"), SAMPLES)
 def test_kernel_and_fake_agree_with_reference(op, i):
     arguments = cases.SAMPLES[op][i]
     expected = results(OPS[op].reference, op, arguments)
     got = results(getattr(torch.ops.tcompress, op), op, arguments)
+    if op in SIZE_DEPENDS_ON_DATA:
+        fake = fake_of_unknown_size(op, arguments)
+        assert [(a.dim(), a.dtype) for a in fake] == [(a.dim(), a.dtype) for a in got]
+        assert equal(expected, got)
+        return
     fake = results(OPS[op].fake, op, [on_meta(a) for a in arguments])
     for a, b, c in zip(expected, got, fake, strict=True):
         assert oracle.same_bits(a, b) or OPS[op].tolerance > 0
@@ -108,9 +132,14 @@ def test_backward_raises(backend):
             "int8_linear_requantize": ops.int8_linear_requantize(X, WEIGHT, SCALE, bias)[1],
             "int8_linear_quantized": ops.int8_linear_quantized(*ops.quantize_per_token(X), WEIGHT, SCALE, bias),
             "int4_linear": ops.int4_linear(X, *INT4.operands, bias, group_size=32),
+            "sparse_linear": ops.sparse_linear(X, SPARSE, 33, bias),
+            "int8_sparse_linear": ops.int8_sparse_linear(X, SPARSE_INT8, SCALE, bias, "8x4"),
+            "int4_sparse_linear": ops.int4_sparse_linear(X, SPARSE_INT4, 33, bias, 32),
         }
         assert ops.int8_linear(x, WEIGHT, SCALE).requires_grad
         assert ops.int4_linear(x, *INT4.operands, group_size=32, act_bits=None).requires_grad
+        assert ops.sparse_linear(x, SPARSE, 33).requires_grad
+        assert ops.int8_sparse_linear(x, SPARSE_INT8, SCALE, layout="8x4").requires_grad
     for op, y in results.items():
         with pytest.raises(RuntimeError, match=f"{op}: backward: got a gradient, expected inference only; "):
             y.sum().backward()
@@ -149,7 +178,7 @@ def test_compile(backend, fresh_dynamo):
         y = ops.int8_linear(x, weight, scale, bias, packed, activation="relu")
         acc = ops.int8_linear(x, weight, scale, act_bits=7, act_symmetric=False, out_dtype=torch.int32)
         q, s, z = ops.quantize_per_token(y, 7, False)
-        return y, (q.int() - z) * s, acc, *int4(x, bias)
+        return y, (q.int() - z) * s, acc, *int4(x, bias), *sparse(x, scale, bias)
 
     def int4(x, bias):
         _, scale, zero_point = INT4.operands
@@ -157,6 +186,14 @@ def test_compile(backend, fresh_dynamo):
         parts = ops.int4_unpack(packed, 33, 20, 32, scale.dtype, True)
         y = ops.int4_linear(x, None, scale, zero_point, bias, packed, 32, activation="relu")
         return *parts, ops.int8_unpack(ops.int8_prepack(WEIGHT), 33, 20), ops.int4_linear(x, *parts, residual=y)
+
+    def sparse(x, scale, bias):
+        y = ops.sparse_linear(x, SPARSE, 33, bias, activation="silu")
+        weight = ops.sparse_unpack(SPARSE, 33, 20, torch.float32, "unstructured")
+        acc = ops.int8_sparse_linear(x, SPARSE_INT8, scale, layout="8x4", out_dtype=torch.int32)
+        parts = ops.int4_sparse_unpack(SPARSE_INT4, 33, 20, 32, torch.float16)
+        y = ops.int4_sparse_linear(x, SPARSE_INT4, 33, bias, 32, residual=y)
+        return *parts, weight, acc, ops.int8_sparse_linear(x, SPARSE_INT8, scale, bias, "8x4", 7, False, residual=y)
 
     with use_backend(backend):
         compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")

@@ -57,6 +57,22 @@ inline simde__m256i dpbusd(simde__m256i sum, simde__m256i a, simde__m256i b) {
   return sum;
 }
 
+inline simde__m512i expand(uint32_t keep, simde__m512i from) {
+  uint32_t in[16], out[16] = {};
+  std::memcpy(in, &from, sizeof(in));
+  for (int i = 0, next = 0; i < 16; ++i)
+    if ((keep >> i & 1) != 0) out[i] = in[next++];
+  std::memcpy(&from, out, sizeof(out));
+  return from;
+}
+
+inline int32_t sum_of_int32(simde__m512i from) {
+  uint32_t in[16], sum = 0;
+  std::memcpy(in, &from, sizeof(in));
+  for (uint32_t lane : in) sum += lane;
+  return static_cast<int32_t>(sum);
+}
+
 inline float half_to_float(uint16_t bits) { return simde_float16_to_float32(simde_uint16_as_float16(bits)); }
 inline uint16_t float_to_half(float x) { return simde_float16_as_uint16(simde_float16_from_float32(x)); }
 
@@ -76,6 +92,8 @@ inline int32_t nearest_int32(float x) {
 #define _mm512_cvtps_epi32(a) (map_lanes<simde__m512i, int32_t, float>(a, nearest_int32))
 #define _mm512_cvtph_ps(a) (map_lanes<simde__m512, float, uint16_t>(a, half_to_float))
 #define _mm512_cvtps_ph(a, rounding) (map_lanes<simde__m256i, uint16_t, float>(a, float_to_half))
+#define _mm512_maskz_expand_epi32(keep, a) expand(keep, a)
+#define _mm512_reduce_add_epi32(a) sum_of_int32(a)
 #define _mm512_reduce_add_ps(a) reduce_lanes(a, [](float x, float y) { return x + y; })
 #define _mm512_reduce_min_ps(a) reduce_lanes(a, [](float x, float y) { return x < y ? x : y; })
 #define _mm512_reduce_max_ps(a) reduce_lanes(a, [](float x, float y) { return x > y ? x : y; })

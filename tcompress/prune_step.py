@@ -1,0 +1,74 @@
+"""The pruning steps of a recipe: which weights of which layers go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tcompress.match import (
+    Skip,
+    any_matches,
+    has_own_weight,
+    ignored,
+    module_names,
+    output_embeddings,
+    parameters_outside,
+    why_not,
+)
+from tcompress.prune import magnitude_mask
+from tcompress.recipe import Prune, Recipe
+from tcompress.weights import is_conv1d, linear_weight
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A layer that a step prunes: bool mask [N, K], True where a weight stays."""
+
+    names: tuple[str, ...]
+    step: Prune
+    mask: torch.Tensor
+
+
+def prune_masks(
+    model: nn.Module, recipe: Recipe, converted: Mapping[nn.Module, nn.Module]
+) -> tuple[dict[nn.Module, Pruned], list[Skip]]:
+    """The masks of all pruning steps; a layer that several steps target is pruned by the first.
+
+    Layers with one weight get one mask, the first that is found; a weight that a layer uses which stays as it is stays
+    too, for a pruned copy would be one more.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; the message names the layer.
+    """
+    steps = [step for step in recipe.steps if isinstance(step, Prune)]
+    pruned: dict[nn.Module, Pruned] = {}
+    skips: list[Skip] = []
+    if not steps:
+        return pruned, skips
+    head = output_embeddings(model)
+    by_weight: dict[tuple[int, bool], tuple[Prune, torch.Tensor]] = {}
+    for module, names in module_names(model, converted).items():
+        for step in steps if has_own_weight(module) else ():
+            if not any_matches(step.targets, names, module):
+                continue
+            reason = ignored(step, names, module, head) or why_not(module, None)
+            if reason is not None:
+                skips.append(Skip(tuple(names), module, f"not pruned: {reason}"))
+                continue
+            key = (id(module.weight), is_conv1d(module))
+            if key not in by_weight:
+                try:
+                    by_weight[key] = step, magnitude_mask(linear_weight(module), step.pattern, step.sparsity)
+                except ValueError as error:
+                    raise ValueError(f"compress: {names[0] or '(root)'}: {error}") from error
+            pruned[module] = Pruned(tuple(names), *by_weight[key])
+            break
+    users = parameters_outside(model, pruned)
+    for module in [module for module in pruned if id(module.weight) in users]:
+        tied = ", ".join(users[id(module.weight)])
+        skips.append(Skip(pruned.pop(module).names, module, f"not pruned: its weight is also {tied}, which stays"))
+    reasons = {skip.module: skip for skip in reversed(skips) if skip.module not in pruned}  # the first of each
+    return pruned, list(reversed(reasons.values()))

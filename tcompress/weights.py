@@ -1,0 +1,25 @@
+"""The weight of a linear layer, whatever class it is and whatever computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is `transformers`' Conv1D: a linear layer whose weight is stored as [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def is_masked_by_torch(module: nn.Module) -> bool:
+    """Whether `torch.nn.utils.prune` computes the weight before each call, and nothing else is done there."""
+    masked = "weight_orig" in module._parameters and "weight_mask" in module._buffers
+    return masked and all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
+    masked = is_masked_by_torch(module)
+    weight: torch.Tensor = module.weight_orig * module.weight_mask if masked else module.weight  # type: ignore[operator,assignment]
+    return weight.t() if is_conv1d(module) else weight
