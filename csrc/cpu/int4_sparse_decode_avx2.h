@@ -38,9 +38,8 @@ inline void store_256(uint32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_
 
 inline Int4Fours list_fours(const Int4SparseDecodeArgs& args, int row) {
   // Each part is followed by room for what is stored in vectors after its end.
-  const int64_t width = span_units(args.group_shift), most = args.words * kWordUnits;
-  uint32_t* block = args.list + most + kWordUnits;
-  Int4Fours fours{args.list, block, block + most / kFour + kWordUnits, 0};
+  const int64_t width = span_units(args.group_shift), room = args.words * kWordUnits + kWordUnits;
+  Int4Fours fours{args.list, args.list + room, args.list + 2 * room, 0};
   const __m256i steps = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   const __m128i zero_unit = _mm_set1_epi32(static_cast<int32_t>(args.words * kWordUnits));
   uint32_t at = args.offsets[row];

@@ -100,9 +100,9 @@ void load_scales(const Plan& plan, const Workspace& work, const SparseGroup& gro
 void run_few(const Plan& plan, const Workspace& work, const SparseGroup& group, int64_t m0, int64_t rows) {
   const Int4SparseLayout& layout = plan.layout;
   load_scales(plan, work, group);
-  for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
+  for (int64_t r = 0; r < rows; r += kMaxInt4DecodeTokens)
     plan.path.int4.decode({work.rows + r * plan.row_stride, work.excess + r * plan.row_stride, plan.row_stride,
-                           static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
+                           static_cast<int>(smaller(rows - r, kMaxInt4DecodeTokens)),
                            plan.bitmap() + group.row * layout.words, plan.offsets() + group.row, plan.values(),
                            static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), layout.words,
                            plan.last_word(), layout.groups, layout.group_shift, work.scales,
@@ -200,7 +200,7 @@ void int4_sparse_linear(const Int4SparseLinearArgs& args, int num_threads) {
   const int64_t at_sums = reserve(kGroup * split.tile_tokens), at_turned = reserve(split.tile_tokens * kGroup);
   const int64_t at_token_scale = reserve(plan.block_tokens);
   const int64_t at_spans = reserve(most_spans * kSpanWords),
-                at_positions = reserve(few ? kInt4ListWords * layout.words + kInt4ListSlack : most_blocks + kWordUnits);
+                at_positions = reserve(few ? int4_list_words(layout.words) : most_blocks + kWordUnits);
   const int64_t at_values = reserve(most_blocks * kMaxBlockRows), at_starts = reserve(most_spans * kMaxBlockRows);
   uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * split.by_tokens * split.by_outputs));
   parallel_tasks(split.by_tokens * split.by_outputs, [&](int t) {

@@ -45,7 +45,8 @@ void int4_sparse_linear(const Int4SparseLinearArgs& args, int num_threads);
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 constexpr int kMaxGroupRows = kGroup / kMaxBlockRows;
-constexpr int kInt4ZeroUnits = 1;  // after a token's activations, where few tokens are multiplied
+constexpr int kInt4ZeroUnits =
+    8;  // after a token's activations, where few tokens are multiplied; a vector may read them
 
 struct Int4Span {
   uint32_t row;    // block row of the group of outputs
@@ -84,7 +85,7 @@ struct Int4SparseTileArgs {
   float* acc;           // [rows * 8][stride], added to
 };
 
-// All words of some block rows for at most kMaxDecodeRows tokens.
+// All words of some block rows for at most kMaxInt4DecodeTokens tokens.
 struct Int4SparseDecodeArgs {
   const uint32_t* a;      // [tokens][a_stride], whole words and kInt4ZeroUnits zero units
   const int32_t* excess;  // likewise: -8 times the sum of a unit's activations
@@ -102,12 +103,13 @@ struct Int4SparseDecodeArgs {
   const float* scales;  // [rows][groups][8]
   float* acc;           // [tokens][acc_stride]; set
   int64_t acc_stride;
-  uint32_t* list;  // [kInt4ListWords * words + kInt4ListSlack]
+  uint32_t* list;  // [int4_list_words(words)]
 };
 
-// What decode lists of a word, at most: positions, and a first block and a scale for each four of them.
-constexpr int64_t kInt4ListWords = kWordUnits + 2 * kWordUnits / 4;
-constexpr int64_t kInt4ListSlack = 3 * kWordUnits;
+constexpr int kMaxInt4DecodeTokens = 4;
+
+// Room for what decode lists of a block row: two numbers of each unit and one of each token, and a word more of each.
+constexpr int64_t int4_list_words(int64_t words) { return (kMaxInt4DecodeTokens + 2) * (words + 1) * kWordUnits; }
 
 struct Int4SparseKernels {
   uint8_t flip;                                    // of the tile: 0x80 where its activations are unsigned

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "epilogue.h"
-#include "int4_sparse_decode_avx2.h"
+#include "int4_sparse_decode_avx512.h"
 #include "int4_sparse_tile.h"
 #include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
@@ -95,11 +95,8 @@ struct Dot256 : Bytes256 {
   }
 };
 
-struct Int4Dot {
-  static void add_four(__m256i& sum, const __m256i (&w)[kFour], const uint32_t* a, const uint32_t* positions) {
-#pragma GCC unroll 4
-    for (int b = 0; b < kFour; ++b) dot_256(sum, w[b], broadcast_256(a + positions[b]));
-  }
+struct Dot512 {
+  static void dot(__m512i& sum, __m512i a, __m512i w) { dot_512(sum, a, w); }
 };
 
 constexpr SparseKernels kBytes = {{tile_one_any<Bytes512>, tile_eight<Bytes512, 8, 3>},
@@ -117,7 +114,7 @@ const SparseLinearPath kSparseLinearAvx512Vnni = {
     kBytes,
     kBytes,
     {{tile_one_any<Floats512>, tile_eight<Floats512, 8, 3>}, {decode_one_any<Floats512>, decode_eight_any<Floats256>}},
-    {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Bytes512, 8, 3>, int4_decode_any<Int4Dot>},
+    {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Bytes512, 8, 3>, int4_decode_quarters_any<Dot512>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};
 
