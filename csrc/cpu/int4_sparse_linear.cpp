@@ -20,7 +20,7 @@ constexpr int64_t kMaxSpansOfWord = 8;      // groups of 32, or halves and quart
 
 struct Workspace {
   uint32_t* rows;      // [tokens of a tile][row_stride]: activations as they come
-  int32_t* unit_sums;  // likewise, few tokens only
+  int32_t* excess;     // likewise, few tokens only
   uint32_t* units;     // [tiles][units][tile_tokens]
   float* scales;       // [block rows of a group][groups of K][8]
   float* sums;         // [kGroup][tile_tokens]
@@ -71,11 +71,11 @@ void prepare_rows(const Plan& plan, const Workspace& work, int64_t m0, int64_t r
   }
 }
 
-void sum_units(const Plan& plan, const Workspace& work, int64_t rows) {
+void sum_excess(const Plan& plan, const Workspace& work, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t* a = reinterpret_cast<const int8_t*>(work.rows + r * plan.row_stride);
-    int32_t* sums = work.unit_sums + r * plan.row_stride;
-    for (int64_t u = 0; u < plan.row_units(); ++u, a += kQuad) sums[u] = a[0] + a[1] + a[2] + a[3];
+    int32_t* sums = work.excess + r * plan.row_stride;
+    for (int64_t u = 0; u < plan.row_units(); ++u, a += kQuad) sums[u] = -kInt4Zero * (a[0] + a[1] + a[2] + a[3]);
   }
 }
 
@@ -100,13 +100,13 @@ void load_scales(const Plan& plan, const Workspace& work, const SparseGroup& gro
 void run_few(const Plan& plan, const Workspace& work, const SparseGroup& group, int64_t m0, int64_t rows) {
   const Int4SparseLayout& layout = plan.layout;
   load_scales(plan, work, group);
-  for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
-    plan.path.int4.decode({work.rows + r * plan.row_stride, work.unit_sums + r * plan.row_stride, plan.row_stride,
-                           static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
+  for (int64_t r = 0; r < rows; r += kMaxInt4DecodeTokens)
+    plan.path.int4.decode({work.rows + r * plan.row_stride, work.excess + r * plan.row_stride, plan.row_stride,
+                           static_cast<int>(smaller(rows - r, kMaxInt4DecodeTokens)),
                            plan.bitmap() + group.row * layout.words, plan.offsets() + group.row, plan.values(),
                            static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), layout.words,
                            plan.last_word(), layout.groups, layout.group_shift, work.scales,
-                           reinterpret_cast<float*>(work.turned + r * kGroup), kGroup});
+                           reinterpret_cast<float*>(work.turned + r * kGroup), kGroup, work.positions});
   finish(plan, work, group, m0, rows, work.token_scale);
 }
 
@@ -137,7 +137,7 @@ void run_cell(const Plan& plan, const Workspace& work, const Cell& cell) {
     const int64_t rows = smaller(cell.m1 - m0, plan.block_tokens);
     if (plan.few) {
       prepare_rows(plan, work, m0, rows, work.token_scale);
-      sum_units(plan, work, rows);
+      sum_excess(plan, work, rows);
       for (int64_t g = cell.group0; g < cell.group1; ++g) run_few(plan, work, group(g), m0, rows);
       continue;
     }
@@ -194,18 +194,19 @@ void int4_sparse_linear(const Int4SparseLinearArgs& args, int num_threads) {
   const int64_t most_spans = few ? 0 : kMaxGroupRows * layout.words * kMaxSpansOfWord;
   constexpr int64_t kSpanWords = static_cast<int64_t>(sizeof(Int4Span)) / kUnitBytes;
   const int64_t at_rows = reserve(split.tile_tokens * row_stride);
-  const int64_t at_unit_sums = reserve(few ? split.tile_tokens * row_stride : 0);
+  const int64_t at_excess = reserve(few ? split.tile_tokens * row_stride : 0);
   const int64_t at_units = reserve(few ? 0 : tiles * tile_units);
   const int64_t at_scales = reserve(kMaxGroupRows * layout.groups * kMaxBlockRows);
   const int64_t at_sums = reserve(kGroup * split.tile_tokens), at_turned = reserve(split.tile_tokens * kGroup);
   const int64_t at_token_scale = reserve(plan.block_tokens);
-  const int64_t at_spans = reserve(most_spans * kSpanWords), at_positions = reserve(most_blocks + kWordUnits);
+  const int64_t at_spans = reserve(most_spans * kSpanWords),
+                at_positions = reserve(few ? int4_list_words(layout.words) : most_blocks + kWordUnits);
   const int64_t at_values = reserve(most_blocks * kMaxBlockRows), at_starts = reserve(most_spans * kMaxBlockRows);
   uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * split.by_tokens * split.by_outputs));
   parallel_tasks(split.by_tokens * split.by_outputs, [&](int t) {
     uint32_t* own = memory + t * size;
     const auto floats = [own](int64_t at) { return reinterpret_cast<float*>(own + at); };
-    const Workspace work{own + at_rows,          reinterpret_cast<int32_t*>(own + at_unit_sums),
+    const Workspace work{own + at_rows,          reinterpret_cast<int32_t*>(own + at_excess),
                          own + at_units,         floats(at_scales),
                          floats(at_sums),        own + at_turned,
                          floats(at_token_scale), reinterpret_cast<Int4Span*>(own + at_spans),

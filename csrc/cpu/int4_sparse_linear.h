@@ -12,7 +12,7 @@
 //    ends in a multiplication by its scales and an addition to float sums.
 // 4. Few tokens: outputs are the lanes, weights are unpacked in registers and stay unsigned, activations are signed,
 // and
-//    a span's sums are less 8 times the sum of the activations that it met.
+//    sums start from -8 times the sum of the activations that they will meet.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,8 @@ void int4_sparse_linear(const Int4SparseLinearArgs& args, int num_threads);
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
 constexpr int kMaxGroupRows = kGroup / kMaxBlockRows;
-constexpr int kInt4ZeroUnits = 1;  // after a token's activations, where few tokens are multiplied
+constexpr int kInt4ZeroUnits =
+    8;  // after a token's activations, where few tokens are multiplied; a vector may read them
 
 struct Int4Span {
   uint32_t row;    // block row of the group of outputs
@@ -84,10 +85,10 @@ struct Int4SparseTileArgs {
   float* acc;           // [rows * 8][stride], added to
 };
 
-// All words of some block rows for at most kMaxDecodeRows tokens.
+// All words of some block rows for at most kMaxInt4DecodeTokens tokens.
 struct Int4SparseDecodeArgs {
-  const uint32_t* a;         // [tokens][a_stride], whole words and kInt4ZeroUnits zero units
-  const int32_t* unit_sums;  // likewise: the sum of a unit's activations
+  const uint32_t* a;      // [tokens][a_stride], whole words and kInt4ZeroUnits zero units
+  const int32_t* excess;  // likewise: -8 times the sum of a unit's activations
   int64_t a_stride;
   int tokens;
   const uint64_t* bitmap;
@@ -102,7 +103,13 @@ struct Int4SparseDecodeArgs {
   const float* scales;  // [rows][groups][8]
   float* acc;           // [tokens][acc_stride]; set
   int64_t acc_stride;
+  uint32_t* list;  // [int4_list_words(words)]
 };
+
+constexpr int kMaxInt4DecodeTokens = 4;
+
+// Room for what decode lists of a block row: two numbers of each unit and one of each token, and a word more of each.
+constexpr int64_t int4_list_words(int64_t words) { return (kMaxInt4DecodeTokens + 2) * (words + 1) * kWordUnits; }
 
 struct Int4SparseKernels {
   uint8_t flip;                                    // of the tile: 0x80 where its activations are unsigned

@@ -3,8 +3,8 @@
 // A multiplier D is one of sparse_tile.h that also has: start(p) (what a span's sums start from), Scale, load_scale(p)
 // (one float in every lane), and add_scaled(acc, s, scale) (adds a span's sums to floats in memory).
 //
-// An unpacker U has: kSafeBlocks (so many blocks can be summed whatever they hold) and unpack(nibbles, count, values,
-// starts), which returns whether these can.
+// An unpacker U has: kSafeBlocks (so many blocks can be summed whatever they hold), list (list_bits), and
+// unpack(nibbles, count, values, starts), which returns whether these can be summed.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,10 @@ namespace {
 // Signed activations: sums start from 0, and fit.
 struct SignedUnpacker {
   static constexpr int kSafeBlocks = kWordUnits;
+
+  static int list(uint64_t bits, int64_t width, uint32_t first, uint32_t stride, uint32_t* out) {
+    return list_bits(bits, width, first, stride, out);
+  }
 
   static bool unpack(const uint8_t* nibbles, int count, uint32_t* values, uint32_t*) {
     int8_t* out = reinterpret_cast<int8_t*>(values);
@@ -50,7 +54,7 @@ int64_t int4_unpack(const Int4SparseUnpackArgs& args) {
       for (int64_t first = 0; first < kWordUnits; first += width) {
         const int64_t unit = word * kWordUnits + first;
         const int count =
-            list_bits(kept >> first & span_mask(width), width, static_cast<uint32_t>(unit), args.stride, positions);
+            U::list(kept >> first & span_mask(width), width, static_cast<uint32_t>(unit), args.stride, positions);
         if (count == 0) continue;
         const uint8_t* nibbles = args.values + static_cast<int64_t>(cursor[row]) * kInt4BlockBytes;
         const uint32_t scale = static_cast<uint32_t>(row * args.groups + (unit >> args.group_shift));

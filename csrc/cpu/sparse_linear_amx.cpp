@@ -10,9 +10,9 @@
 // 3. A chunk of 16 blocks is copied before the chunk that was copied kLag chunks ago is multiplied: a tile load waits
 //    until the stores it reads have left the store buffer.
 //
-// Block rows of 1, floats and few tokens: AVX-512.
+// Block rows of 1, floats, few tokens and block rows with few kept blocks: AVX-512 (docs/design/011-sparse-amx.md).
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,popcnt,amx-tile,amx-int8")
 
 #include <immintrin.h>
 
@@ -29,6 +29,7 @@ constexpr int kVectors = 4;       // of tokens, at most
 constexpr int kLag = 1;           // chunks
 constexpr int kPassWords = 2;     // 32 KB of activations at 64 tokens
 constexpr int kWorthBlocks = 64;  // kept blocks that are worth a pass over a block row's sums
+constexpr int kFewBlocks = 80;    // of a block row: fewer go to AVX-512
 constexpr int kRows = kGroup / kMaxBlockRows;
 constexpr int kWaiting = kWorthBlocks + kPassWords * kWordUnits;
 constexpr int kRowBytes = 64;
@@ -49,6 +50,31 @@ struct alignas(64) TileConfig {
 static_assert(sizeof(TileConfig) == 64);
 
 constexpr TileConfig kTiles;
+
+// [16 blocks][8] -> [8][16 blocks]
+inline void turn_blocks(const uint32_t* in, uint32_t* out) {
+  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  // By four blocks: units 0 … 3 and 4 … 7, four blocks in each 128 bits.
+  __m512i four[2][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_loadu_si512(in + i * 32), b = _mm512_loadu_si512(in + i * 32 + 16);
+    four[0][i] = _mm512_permutex2var_epi32(a, low, b);
+    four[1][i] = _mm512_permutex2var_epi32(a, high, b);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m512i* f = four[half];
+    const __m512i a = _mm512_shuffle_i32x4(f[0], f[1], 0x88), b = _mm512_shuffle_i32x4(f[2], f[3], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(f[0], f[1], 0xdd), d = _mm512_shuffle_i32x4(f[2], f[3], 0xdd);
+    uint32_t* row = out + half * 4 * kChunk;
+    _mm512_store_si512(row, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(row + kChunk, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_store_si512(row + 2 * kChunk, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_store_si512(row + 3 * kChunk, _mm512_shuffle_i32x4(c, d, 0xdd));
+  }
+}
 
 struct Chunk {
   alignas(64) uint32_t a[kChunk * kVectors * kLanes];
@@ -96,8 +122,7 @@ struct Multiplier {
       for (int i = 0; i < kChunk * kMaxBlockRows; ++i) padded[i] = i < count * kMaxBlockRows ? values[i] : 0;
       values = padded;
     }
-    transpose_8x8(values, kMaxBlockRows, chunk.weights, kChunk);
-    transpose_8x8(values + 8 * kMaxBlockRows, kMaxBlockRows, chunk.weights + 8, kChunk);
+    turn_blocks(values, chunk.weights);
   }
 
   void multiply() {
@@ -140,12 +165,20 @@ template <int kTokens>
 inline int list_blocks(const SparseTileArgs& args, int row, int64_t word, int64_t end, uint32_t at,
                        uint32_t* positions) {
   int count = 0;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (; word < end; ++word) {
     const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
     uint64_t bits =
         kept_bits(args.bitmap[row * args.word_stride + word], allowed, at + static_cast<uint32_t>(count), args.blocks);
-    for (; bits != 0; bits &= bits - 1)
-      positions[count++] = static_cast<uint32_t>((word * kWordUnits + __builtin_ctzll(bits)) * kTokens);
+#pragma GCC unroll 4
+    for (int part = 0; part < kWordUnits / kLanes; ++part, bits >>= kLanes) {
+      const __mmask16 kept = static_cast<__mmask16>(bits);
+      const __m512i unit =
+          _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(word * kWordUnits + part * kLanes)));
+      _mm512_storeu_si512(positions + count,
+                          _mm512_maskz_compress_epi32(kept, _mm512_mullo_epi32(unit, _mm512_set1_epi32(kTokens))));
+      count += __builtin_popcount(kept);
+    }
   }
   return count;
 }
@@ -172,7 +205,7 @@ void tile(const SparseTileArgs& args) {
               row, list + done,
               args.values + static_cast<int64_t>(args.cursor[row] + static_cast<uint32_t>(done)) * kMaxBlockRows,
               kChunk);
-        if (last && done < count) {
+        if (last && done < count) {  // any unit will do where the weights are zero
           for (int i = count; i < done + kChunk; ++i) list[i] = 0;
           multiplier.add(
               row, list + done,
@@ -190,13 +223,35 @@ void tile(const SparseTileArgs& args) {
   _tile_release();
 }
 
+// The rest is the path's that has AVX-512 alone.
+constexpr const SparseLinearPath& kRest = kSparseLinearAvx512Vnni;
+
+// With few kept blocks in a block row its last, padded chunk and its sums' way in and out cost more than the tiles
+// save.
+bool few_blocks(const SparseTileArgs& args) {
+  int64_t kept = 0;
+  for (int row = 0; row < args.rows; ++row)
+    for (int64_t word = 0; word < args.words; ++word)
+      kept += __builtin_popcountll(args.bitmap[row * args.word_stride + word]);
+  return kept < kFewBlocks * args.rows;
+}
+
 void tile_eight_amx(const SparseTileArgs& args) {
+  if (few_blocks(args)) {
+    SparseTileArgs part = args;
+    for (int64_t word = 0; word < args.words; word += kMaxBlockWords) {
+      part.a = args.a + word * kWordUnits * args.vectors * kLanes;
+      part.bitmap = args.bitmap + word;
+      part.runs = args.runs + word;
+      part.words = smaller(args.words - word, kMaxBlockWords);
+      part.last_word = word + part.words == args.words ? args.last_word : ~0ULL;
+      kRest.unsigned_int8.tile[1](part);
+    }
+    return;
+  }
   constexpr SparseTile kByVectors[kVectors] = {tile<1>, tile<2>, tile<3>, tile<4>};
   kByVectors[args.vectors - 1](args);
 }
-
-// The rest is the path's that has AVX-512 alone.
-constexpr const SparseLinearPath& kRest = kSparseLinearAvx512Vnni;
 
 template <SparseKernels SparseLinearPath::* kKernels, int kKind>
 void tile_of_rest(const SparseTileArgs& args) {

@@ -34,16 +34,13 @@ struct Signed : Bytes256 {
 };
 
 // Four blocks' pairs fit 16 bits: 4 * 2 * 15 * 127 = 15240.
-template <int kTokens>
 struct Int4Pairs {
-  static constexpr int kChains = 1;
-  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
-                       const uint32_t* positions) {
+  static void add_four(__m256i& sum, const __m256i (&w)[kFour], const uint32_t* a, const uint32_t* positions) {
     __m256i pairs = _mm256_maddubs_epi16(w[0], broadcast_256(a + positions[0]));
 #pragma GCC unroll 3
     for (int b = 1; b < kFour; ++b)
       pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[b], broadcast_256(a + positions[b])));
-    sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 };
 

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "epilogue.h"
-#include "int4_sparse_decode_avx2.h"
+#include "int4_sparse_decode_avx512.h"
 #include "int4_sparse_tile.h"
 #include "int4_sparse_unpack_avx2.h"
 #include "sparse_decode.h"
@@ -22,6 +22,23 @@ namespace {
 // The form that takes the units as they lie would read no more than it needs, but is microcoded on Zen 4.
 inline __m512i spread_512(const uint32_t* p, uint32_t bits) {
   return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(p));
+}
+
+// As assembly but where it is emulated, because GCC 12 copies every sum twice around the instruction.
+inline void dot_512(__m512i& sum, __m512i a, __m512i w) {
+#ifndef SIMDE_VERSION
+  asm("vpdpbusd %[w], %[a], %[s]" : [s] "+v"(sum) : [a] "v"(a), [w] "v"(w));
+#else
+  sum = _mm512_dpbusd_epi32(sum, a, w);
+#endif
+}
+
+inline void dot_256(__m256i& sum, __m256i a, __m256i w) {
+#ifndef SIMDE_VERSION
+  asm("vpdpbusd %[w], %[a], %[s]" : [s] "+v"(sum) : [a] "v"(a), [w] "v"(w));
+#else
+  sum = _mm256_dpbusd_epi32(sum, a, w);
+#endif
 }
 
 struct Bytes512 {
@@ -41,7 +58,10 @@ struct Bytes512 {
     _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), scale, _mm512_loadu_ps(acc)));
   }
   static __m512i spread(const uint32_t* p, uint32_t bits) { return spread_512(p, bits); }
-  static Sum multiply_add(Sum s, A a, __m512i w) { return _mm512_dpbusd_epi32(s, a, w); }
+  static Sum multiply_add(Sum s, A a, __m512i w) {
+    dot_512(s, a, w);
+    return s;
+  }
   static void store_total(uint32_t* p, Sum a, Sum b) {
     *p = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
   }
@@ -69,18 +89,14 @@ struct Floats512 {
 
 // Outputs as lanes: a block is half a zmm.
 struct Dot256 : Bytes256 {
-  static Sum multiply_add(Sum s, A a, __m256i w) { return _mm256_dpbusd_epi32(s, a, w); }
+  static Sum multiply_add(Sum s, A a, __m256i w) {
+    dot_256(s, a, w);
+    return s;
+  }
 };
 
-template <int kTokens>
-struct Int4Dot {
-  static constexpr int kChains = dot_chains(kTokens);
-  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
-                       const uint32_t* positions) {
-#pragma GCC unroll 4
-    for (int b = 0; b < kFour; ++b)
-      sum[b % kChains] = _mm256_dpbusd_epi32(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
-  }
+struct Dot512 {
+  static void dot(__m512i& sum, __m512i a, __m512i w) { dot_512(sum, a, w); }
 };
 
 constexpr SparseKernels kBytes = {{tile_one_any<Bytes512>, tile_eight<Bytes512, 8, 3>},
@@ -98,7 +114,7 @@ const SparseLinearPath kSparseLinearAvx512Vnni = {
     kBytes,
     kBytes,
     {{tile_one_any<Floats512>, tile_eight<Floats512, 8, 3>}, {decode_one_any<Floats512>, decode_eight_any<Floats256>}},
-    {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Bytes512, 8, 3>, int4_decode_any<Int4Dot>},
+    {0x80, int4_unpack<UnsignedUnpacker<false>>, int4_tile<Bytes512, 8, 3>, int4_decode_quarters_any<Dot512>},
     epilogue_for<Vec>,
     float_epilogue_for<Vec>};
 

@@ -19,18 +19,26 @@
 namespace tcompress::cpu {
 namespace {
 
+// As assembly but where it is emulated, because GCC 12 copies every sum twice around the instruction.
+inline void dot_256(__m256i& sum, __m256i a, __m256i w) {
+#ifndef SIMDE_VERSION
+  asm("%{vex%} vpdpbusd %[w], %[a], %[s]" : [s] "+x"(sum) : [a] "x"(a), [w] "x"(w));
+#else
+  sum = _mm256_dpbusd_avx_epi32(sum, a, w);
+#endif
+}
+
 struct Dot : Bytes256 {
-  static Sum multiply_add(Sum s, A a, __m256i w) { return _mm256_dpbusd_avx_epi32(s, a, w); }
+  static Sum multiply_add(Sum s, A a, __m256i w) {
+    dot_256(s, a, w);
+    return s;
+  }
 };
 
-template <int kTokens>
 struct Int4Dot {
-  static constexpr int kChains = dot_chains(kTokens);
-  static void add_four(__m256i (&sum)[kChains], const __m256i (&w)[kFour], const uint32_t* a,
-                       const uint32_t* positions) {
+  static void add_four(__m256i& sum, const __m256i (&w)[kFour], const uint32_t* a, const uint32_t* positions) {
 #pragma GCC unroll 4
-    for (int b = 0; b < kFour; ++b)
-      sum[b % kChains] = _mm256_dpbusd_avx_epi32(sum[b % kChains], w[b], broadcast_256(a + positions[b]));
+    for (int b = 0; b < kFour; ++b) dot_256(sum, w[b], broadcast_256(a + positions[b]));
   }
 };
 

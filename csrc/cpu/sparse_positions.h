@@ -24,15 +24,22 @@ struct KeptTable {
 constexpr KeptTable kKept;
 
 // (first + bit) * stride for each of the lowest `width` bits, a multiple of 8, that is set; returns their number.
-inline int list_bits(uint64_t bits, int64_t width, uint32_t first, uint32_t stride, uint32_t* out) {
-  int count = 0;
+// store(out, kept, first, stride) writes the eight of a byte.
+template <class Store>
+[[gnu::always_inline]] inline int list_bits(uint64_t bits, int64_t width, uint32_t first, uint32_t stride,
+                                            uint32_t* out, const Store& store) {
+  const uint32_t* const begin = out;
   for (int64_t i = 0; i < width; i += 8, bits >>= 8, first += 8) {
-    const uint8_t* kept = kKept.of[bits & 255];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) out[count + j] = (first + kept[j]) * stride;
-    count += __builtin_popcountll(bits & 255);
+    store(out, kKept.of[bits & 255], first, stride);
+    out += __builtin_popcountll(bits & 255);
   }
-  return count;
+  return static_cast<int>(out - begin);
+}
+
+inline int list_bits(uint64_t bits, int64_t width, uint32_t first, uint32_t stride, uint32_t* out) {
+  return list_bits(bits, width, first, stride, out, [](uint32_t* p, const uint8_t* kept, uint32_t f, uint32_t s) {
+    for (int j = 0; j < 8; ++j) p[j] = (f + kept[j]) * s;
+  });
 }
 
 }  // namespace

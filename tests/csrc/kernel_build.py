@@ -14,7 +14,14 @@ CPU = HERE.parent.parent / "csrc" / "cpu"
 KERNELS = sorted(CPU.glob("*.cpp"))
 KERNELS_TEST = [
     HERE / f"{name}.cpp"
-    for name in ("kernels_test", "int4_kernels", "attention_kernels", "sparse_kernels", "two_four_kernels")
+    for name in (
+        "kernels_test",
+        "int4_kernels",
+        "int4_sparse_kernels",
+        "attention_kernels",
+        "sparse_kernels",
+        "two_four_kernels",
+    )
 ]
 FLAGS = ["-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
 

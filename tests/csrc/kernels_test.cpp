@@ -17,6 +17,7 @@
 #include "attention_kernels.h"
 #include "guarded.h"
 #include "int4_kernels.h"
+#include "int4_sparse_kernels.h"
 #include "int8_linear.h"
 #include "path.h"
 #include "quantize_per_token.h"
@@ -248,6 +249,7 @@ int main(int argc, char** argv) {
     cpu::force_path(name);  // throws where it cannot run
     run_path(cpu::current_path(), few);
     run_int4(cpu::current_path(), few);
+    run_int4_sparse(cpu::current_path(), few);
     run_sparse(cpu::current_path(), few);
     run_two_four(cpu::current_path(), few);
     {
