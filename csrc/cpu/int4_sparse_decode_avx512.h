@@ -58,7 +58,8 @@ inline int64_t gather_fours(const Int4SparseDecodeArgs& args, int row, uint32_t*
 inline __m512 broadcast_quarter(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 
 inline __m128 add_quarters(__m512 v) {
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(v), high);
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 

@@ -25,67 +25,51 @@ uint32_t unit_at(const SparseWeightView& w, int64_t n, int64_t u) {
   return unit;
 }
 
-// Sums over the first 0, 1, 2 … blocks of a word of the positive and of the negative weights that meet in a 16-bit
-// lane.
-struct LaneSums {
-  static constexpr int kSums = kMaxBlockRows * 2 * 2;
-  int32_t before[kWordUnits + 1][kSums];
-  int sums;
+// Weights of one sign in a lane (two of a unit's four k's).
+int lane_size(const uint32_t& unit, int lane, int sign) {
+  int8_t w[kQuad];
+  std::memcpy(w, &unit, kUnitBytes);
+  const int first = sign * w[lane * 2], second = sign * w[lane * 2 + 1];
+  return (first > 0 ? first : 0) + (second > 0 ? second : 0);
+}
 
-  LaneSums(const uint32_t* blocks, int count, int64_t block_rows) : sums(static_cast<int>(block_rows) * 4) {
-    for (int i = 0; i < sums; ++i) before[0][i] = 0;
-    for (int b = 0; b < count; ++b)
-      for (int j = 0; j < sums / 4; ++j) {
-        int8_t w[kQuad];
-        std::memcpy(w, blocks + b * block_rows + j, kUnitBytes);
-        for (int lane = 0; lane < 2; ++lane) {
-          const int first = w[lane * 2], second = w[lane * 2 + 1];
-          const int i = j * 4 + lane * 2;
-          before[b + 1][i] = before[b][i] + (first > 0 ? first : 0) + (second > 0 ? second : 0);
-          before[b + 1][i + 1] = before[b][i + 1] - (first < 0 ? first : 0) - (second < 0 ? second : 0);
+// The longest run of a block row's kept blocks, by a window for each lane and sign: it shrinks to what fits.
+uint8_t longest_run(const uint32_t* blocks, int64_t count, int64_t block_rows) {
+  int64_t run = kMaxSparseRun;
+  for (int64_t j = 0; j < block_rows; ++j)
+    for (int lane = 0; lane < 2; ++lane)
+      for (int sign = -1; sign <= 1; sign += 2) {
+        int sum = 0;
+        for (int64_t first = 0, i = 0; i < count; ++i) {
+          sum += lane_size(blocks[i * block_rows + j], lane, sign);
+          if (i - first == run) sum -= lane_size(blocks[first++ * block_rows + j], lane, sign);
+          for (; sum > kMaxLaneSum; ++first) {
+            run = i - first;
+            sum -= lane_size(blocks[first * block_rows + j], lane, sign);
+          }
         }
       }
-  }
-
-  bool fits(int count, int run) const {
-    for (int first = 0; first < count; first += run) {
-      const int32_t* from = before[first];
-      const int32_t* to = before[first + run < count ? first + run : count];
-      for (int i = 0; i < sums; ++i)
-        if (to[i] - from[i] > kMaxLaneSum) return false;
-    }
-    return true;
-  }
-};
-
-uint8_t longest_run(const uint32_t* blocks, int count, int64_t block_rows) {
-  const LaneSums lanes(blocks, count, block_rows);
-  int run = count > 1 ? count : 1;
-  while (run > 1 && !lanes.fits(count, run)) --run;
   return static_cast<uint8_t>(run);
 }
 
 void pack_row(const SparseWeightView& w, const SparseLayout& layout, int64_t row, uint32_t offset, uint8_t* packed) {
   uint64_t* bitmap = reinterpret_cast<uint64_t*>(packed) + row * layout.words;
-  uint8_t* runs = packed + layout.runs + row * layout.words;
   uint32_t* values = reinterpret_cast<uint32_t*>(packed + layout.values);
   int64_t at = offset * w.block_rows;
   for (int64_t word = 0; word < layout.words; ++word) {
     uint64_t bits = 0;
-    int count = 0;
-    const int64_t first = at;
     for (int64_t u = word * kWordUnits; u < layout.units && u < (word + 1) * kWordUnits; ++u) {
       uint32_t block[kMaxBlockRows];
       if (!read_block(w, row, u, block)) continue;
       bits |= 1ULL << (u % kWordUnits);
       std::memcpy(values + at, block, static_cast<size_t>(w.block_rows) * kUnitBytes);
       at += w.block_rows;
-      ++count;
     }
     bitmap[word] = bits;
-    if (!w.floats) runs[word] = longest_run(values + first, count, w.block_rows);
   }
   if (w.floats) return;
+  const int64_t first = offset * w.block_rows;
+  packed[layout.runs + row] = longest_run(values + first, (at - first) / w.block_rows, w.block_rows);
   int32_t* column_sums = reinterpret_cast<int32_t*>(packed + layout.column_sums);
   for (int64_t n = row * w.block_rows; n < (row + 1) * w.block_rows && n < w.n; ++n) {
     int32_t sum = 0;
@@ -106,7 +90,7 @@ SparseLayout::SparseLayout(int64_t n_, int64_t k, bool floats, int64_t block_row
   offsets = rows * words * static_cast<int64_t>(sizeof(uint64_t));
   column_sums = offsets + (rows + 1) * static_cast<int64_t>(sizeof(uint32_t));
   runs = column_sums + (floats ? 0 : round_up(n, kPanel) * static_cast<int64_t>(sizeof(int32_t)));
-  values = round_up(runs + (floats ? 0 : rows * words), kCacheLine);
+  values = round_up(runs + (floats ? 0 : rows), kCacheLine);
   bytes = values + blocks * block_rows * kUnitBytes + kSparsePad;
 }
 

@@ -8,12 +8,13 @@
 //   [R][W] uint64      bit u of word w: block 64 w + u of this block row is kept;  W = ceil(U / 64)
 //   [R + 1] uint32     where each block row's values begin, in blocks
 //   [N/16*16] int32    int8: sum_k w[n,k]
-//   [R][W] uint8       int8: run, how many consecutive kept blocks of the word can be summed in 16 bits (see below)
+//   [R] uint8         int8: run, how many consecutive kept blocks of it can be summed in 16 bits (see below)
 //   [blocks][block_rows] units, from a multiple of 64 bytes on, and 64 zero bytes that a vector load may read
 //
-// A 16-bit lane adds a[k] * w[n,k] for two of a unit's four k's, 0 <= a <= 127. A word's run is the largest number r
-// such that in all sequences of r kept blocks that begin at a multiple of r no lane's positive or negative weights add
-// up to more than kMaxLaneSum (flush_schedule.h). At least 1.
+// A 16-bit lane adds a[k] * w[n,k] for two of a unit's four k's, 0 <= a <= 127. A block row's run is the largest number
+// r, 1 … kMaxSparseRun, such that in no sequence of r kept blocks, wherever it begins, a lane's positive or negative
+// weights add up to more than kMaxLaneSum (flush_schedule.h). One number for the row, so that the kernel's loops have
+// lengths that a processor foresees.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,7 @@ namespace tcompress::cpu {
 constexpr int kWordUnits = 64;
 constexpr int kUnitBytes = 4;
 constexpr int kMaxBlockRows = 8;
+constexpr int kMaxSparseRun = 64;
 constexpr int kSparsePad = 64;                   // bytes after the last value
 constexpr int64_t kMaxSparseBlocks = 1LL << 31;  // an offset fits 32 bits
 

@@ -130,10 +130,10 @@ void run_tile(const Plan& plan, const Workspace& work, const SparseGroup& group,
   const int64_t step = plan.call_words;
   for (int64_t word = 0; word < layout.words; word += step) {
     const int64_t words = smaller(step, layout.words - word), first = group.row * layout.words + word;
-    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first, runs + first,
-                                  layout.words, words, word + words == layout.words ? plan.last_word() : ~0ULL,
-                                  plan.values(), work.cursor, static_cast<uint32_t>(layout.blocks),
-                                  static_cast<int>(group.rows), work.sums});
+    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first,
+                                  runs + group.row, layout.words, words,
+                                  word + words == layout.words ? plan.last_word() : ~0ULL, plan.values(), work.cursor,
+                                  static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), work.sums});
   }
   plan.path.transpose(work.sums, tokens, round_up(group.n, 8), tokens, work.turned, kGroup);
   finish(plan, work, group, m0, rows);
@@ -201,8 +201,8 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
   const int64_t tile_tokens = split.tile_tokens;
 
   const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
-  const int64_t call_words =
-      kind == 0 ? words_in_l1(path.tile_vectors * lanes) : (kernels.whole_rows ? layout.words : kMaxBlockWords);
+  const int64_t call_words = kind == 0 ? smaller(words_in_l1(path.tile_vectors * lanes), kMaxBlockWords)
+                                       : (kernels.whole_rows ? layout.words : kMaxBlockWords);
   const Plan plan{args,
                   path,
                   layout,

@@ -54,7 +54,7 @@ struct SparseTileArgs {
   const uint32_t* a;       // [units of the words][vectors * lanes]
   int vectors;             // 1 … kMaxTileVectors
   const uint64_t* bitmap;  // the first word of the first block row
-  const uint8_t* runs;     // int8: likewise
+  const uint8_t* runs;     // int8: of the first block row
   int64_t word_stride;     // from one block row to the next
   int64_t words;
   uint64_t last_word;  // the bits of the last word that may be set

@@ -242,7 +242,6 @@ void tile_eight_amx(const SparseTileArgs& args) {
     for (int64_t word = 0; word < args.words; word += kMaxBlockWords) {
       part.a = args.a + word * kWordUnits * args.vectors * kLanes;
       part.bitmap = args.bitmap + word;
-      part.runs = args.runs + word;
       part.words = smaller(args.words - word, kMaxBlockWords);
       part.last_word = word + part.words == args.words ? args.last_word : ~0ULL;
       kRest.unsigned_int8.tile[1](part);

@@ -23,17 +23,27 @@ struct KeptTable {
 
 constexpr KeptTable kKept;
 
-// (first + bit) * stride for each of the lowest `width` bits, a multiple of 8, that is set; returns their number.
-// store(out, kept, first, stride) writes the eight of a byte.
+// Byte i: how many of the bits below bit 8 i are set; the word's own number comes out as `total`. Sums of bytes, so
+// that where a byte's places go does not wait for the byte before: popcnt after popcnt were 32 of 35 cycles a word.
+inline uint64_t set_below(uint64_t bits, int& total) {
+  uint64_t counts = bits - (bits >> 1 & 0x5555555555555555u);
+  counts = (counts & 0x3333333333333333u) + (counts >> 2 & 0x3333333333333333u);
+  counts = (counts + (counts >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+  const uint64_t sums = counts * 0x0101010101010101u;  // at most 64 in a byte
+  total = static_cast<int>(sums >> 56);
+  return sums << 8;
+}
+
+// (first + bit) * stride for each of the lowest `width` bits, a multiple of 8, that is set, none above them; returns
+// their number. store(out, kept, first, stride) writes the eight of a byte.
 template <class Store>
 [[gnu::always_inline]] inline int list_bits(uint64_t bits, int64_t width, uint32_t first, uint32_t stride,
                                             uint32_t* out, const Store& store) {
-  const uint32_t* const begin = out;
-  for (int64_t i = 0; i < width; i += 8, bits >>= 8, first += 8) {
-    store(out, kKept.of[bits & 255], first, stride);
-    out += __builtin_popcountll(bits & 255);
-  }
-  return static_cast<int>(out - begin);
+  int total;
+  const uint64_t below = set_below(bits, total);
+  for (int64_t i = 0; i < width; i += 8)
+    store(out + (below >> i & 255), kKept.of[bits >> i & 255], first + static_cast<uint32_t>(i), stride);
+  return total;
 }
 
 inline int list_bits(uint64_t bits, int64_t width, uint32_t first, uint32_t stride, uint32_t* out) {

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "sparse_linear.h"
+#include "sparse_positions.h"
 
 namespace tcompress::cpu {
 namespace {
@@ -78,15 +79,17 @@ void tile_one(const SparseTileArgs& args) {
   }
 }
 
+constexpr int kMaxPositions = kMaxBlockWords * kWordUnits + kListSlack;
+
 // Positions of a block row's kept blocks in its words, in units of `stride`; returns their number.
 inline int list_positions(const SparseTileArgs& args, int row, int stride, uint32_t* positions) {
   int count = 0;
   for (int64_t word = 0; word < args.words; ++word) {
     const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
-    uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed,
-                              args.cursor[row] + static_cast<uint32_t>(count), args.blocks);
-    for (; bits != 0; bits &= bits - 1)
-      positions[count++] = static_cast<uint32_t>((word * kWordUnits + __builtin_ctzll(bits)) * stride);
+    const uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed,
+                                    args.cursor[row] + static_cast<uint32_t>(count), args.blocks);
+    count += list_bits(bits, kWordUnits, static_cast<uint32_t>(word * kWordUnits), static_cast<uint32_t>(stride),
+                       positions + count);
   }
   return count;
 }
@@ -141,7 +144,7 @@ inline int piece_width(int left, int most) {
 template <class D, int kOutputs, int kPiece>
 void tile_eight(const SparseTileArgs& args) {
   const int tokens = args.vectors * D::kLanes;
-  uint32_t positions[kMaxBlockWords * kWordUnits];
+  uint32_t positions[kMaxPositions];
   for (int row = 0; row < args.rows; ++row) {
     const int count = list_positions(args, row, tokens, positions);
     const uint32_t* values = args.values + static_cast<int64_t>(args.cursor[row]) * kMaxBlockRows;

@@ -1,5 +1,5 @@
-// AVX2 tiles of sparse_linear.h with sums in 16 bits: bytes 0 … 127 times signed bytes, widened after each run of a
-// word (sparse_layout.h), whose length was proved at pack time to keep every lane within 16 bits.
+// AVX2 tiles of sparse_linear.h with sums in 16 bits: bytes 0 … 127 times signed bytes, widened after each run of
+// kept blocks (sparse_layout.h), whose length was proved at pack time to keep every lane within 16 bits.
 #pragma once
 
 #include <immintrin.h>
@@ -47,6 +47,7 @@ inline void widen_into(uint32_t* acc, __m256i sum) {
 // A schedule that sparse_prepack did not write gives wrong sums, but ends.
 inline int next_run(int run, int left) { return run == 0 || run > left ? left : run; }
 
+// Steps from bit to bit: a list of positions first, as for block rows of 8, does not pay for one output.
 template <int kVectors>
 void tile16_one(const SparseTileArgs& args) {
   constexpr int kLanes = Bytes256::kLanes, kTokens = kVectors * kLanes;
@@ -54,12 +55,11 @@ void tile16_one(const SparseTileArgs& args) {
     uint32_t at = args.cursor[row];
     uint32_t* acc = args.acc + row * kTokens;
     for (int64_t word = 0; word < args.words; ++word) {
-      const int64_t index = row * args.word_stride + word;
       const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
-      uint64_t bits = kept_bits(args.bitmap[index], allowed, at, args.blocks);
+      uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
       const uint32_t* a = args.a + word * kWordUnits * kTokens;
       for (int left = __builtin_popcountll(bits); left > 0;) {
-        const int run = next_run(args.runs[index], left);
+        const int run = next_run(args.runs[row], left);
         left -= run;
         __m256i sum[kVectors];
 #pragma GCC unroll 8
@@ -78,37 +78,20 @@ void tile16_one(const SparseTileArgs& args) {
   }
 }
 
-// Lengths of the runs of a block row's words; returns their number.
-inline int list_runs(const SparseTileArgs& args, int row, uint8_t* lengths) {
-  uint32_t at = args.cursor[row];
-  int count = 0;
-  for (int64_t word = 0; word < args.words; ++word) {
-    const int64_t index = row * args.word_stride + word;
-    const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
-    int left = __builtin_popcountll(kept_bits(args.bitmap[index], allowed, at, args.blocks));
-    at += static_cast<uint32_t>(left);
-    while (left > 0) {
-      const int run = next_run(args.runs[index], left);
-      lengths[count++] = static_cast<uint8_t>(run);
-      left -= run;
-    }
-  }
-  return count;
-}
-
 template <int kOutputs, int kVectors>
-void piece16_eight(const uint32_t* a, const uint32_t* positions, const uint8_t* lengths, int runs,
-                   const uint32_t* values, uint32_t* acc, int64_t tokens) {
+void piece16_eight(const uint32_t* a, const uint32_t* positions, int count, int run, const uint32_t* values,
+                   uint32_t* acc, int64_t tokens) {
   constexpr int kLanes = Bytes256::kLanes;
-  for (int r = 0; r < runs; ++r) {
+  for (int length; count > 0; count -= length) {
+    length = next_run(run, count);
     __m256i sum[kOutputs][kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[j][v] = _mm256_setzero_si256();
-    add_blocks<Pairs16, kOutputs, kVectors>(a, positions, lengths[r], values, sum);
-    positions += lengths[r];
-    values += lengths[r] * kMaxBlockRows;
+    add_blocks<Pairs16, kOutputs, kVectors>(a, positions, length, values, sum);
+    positions += length;
+    values += length * kMaxBlockRows;
 #pragma GCC unroll 4
     for (int j = 0; j < kOutputs; ++j)
 #pragma GCC unroll 2
@@ -119,17 +102,16 @@ void piece16_eight(const uint32_t* a, const uint32_t* positions, const uint8_t* 
 void tile16_eight(const SparseTileArgs& args) {
   constexpr int kOutputs = 4, kPiece = 2;
   const int tokens = args.vectors * Bytes256::kLanes;
-  uint32_t positions[kMaxBlockWords * kWordUnits];
-  uint8_t lengths[kMaxBlockWords * kWordUnits];
+  uint32_t positions[kMaxPositions];
   for (int row = 0; row < args.rows; ++row) {
-    const int runs = list_runs(args, row, lengths), count = list_positions(args, row, tokens, positions);
+    const int count = list_positions(args, row, tokens, positions);
     const uint32_t* values = args.values + static_cast<int64_t>(args.cursor[row]) * kMaxBlockRows;
     args.cursor[row] += static_cast<uint32_t>(count);
     uint32_t* acc = args.acc + row * kMaxBlockRows * tokens;
     for (int v = 0; v < args.vectors; v += kPiece)
       for (int j = 0; j < kMaxBlockRows; j += kOutputs) {
         const auto piece = v + 1 < args.vectors ? piece16_eight<kOutputs, kPiece> : piece16_eight<kOutputs, 1>;
-        piece(args.a + v * Bytes256::kLanes, positions, lengths, runs, values + j,
+        piece(args.a + v * Bytes256::kLanes, positions, count, args.runs[row], values + j,
               acc + j * tokens + v * Bytes256::kLanes, tokens);
       }
   }

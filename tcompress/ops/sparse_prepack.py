@@ -12,6 +12,7 @@ from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
 from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
 
 WORD = 64  # units whose places one word of the bitmap holds
+MAX_RUN = 64  # kept blocks added in 16 bits, at most
 UNIT_BYTES = 4
 CACHE_LINE = 64
 PAD = 64  # bytes after the last value
@@ -70,7 +71,7 @@ def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[
     offsets = rows * words * 8
     column_sums = offsets + (rows + 1) * 4
     runs = column_sums + (-(-n // PANEL) * PANEL * 4 if integers else 0)
-    values = -(-(runs + (rows * words if integers else 0)) // CACHE_LINE) * CACHE_LINE
+    values = -(-(runs + (rows if integers else 0)) // CACHE_LINE) * CACHE_LINE
     size = values + blocks * LAYOUTS[dtype][layout] * UNIT_BYTES + PAD
     return {"offsets": offsets, "column_sums": column_sums, "runs": runs, "values": values, "bytes": size}
 
@@ -123,22 +124,17 @@ def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """For each word [R, W]: the largest r such that r kept blocks, from a multiple of r on, add up in 16 bits."""
+    """For each block row [R]: the largest r up to `MAX_RUN` such that any r kept blocks in a row add up in 16 bits."""
     rows, units, block_rows = blocks.shape
-    words = -(-units // WORD)
     pairs = blocks.reshape(-1).view(torch.int8).view(rows, units, block_rows * 2, 2).int()
     lanes = torch.cat([pairs.clamp_min(0).sum(-1), (-pairs).clamp_min(0).sum(-1)], -1)
-    lanes = F.pad(lanes, (0, 0, 0, -units % WORD)).unflatten(1, (words, WORD))
-    kept = F.pad(kept, (0, -units % WORD)).unflatten(1, (words, WORD))
-    lanes = lanes.gather(2, (~kept).int().argsort(dim=2, stable=True)[..., None].expand_as(lanes))  # kept ones first
-    before = F.pad(lanes.cumsum(2), (0, 0, 1, 0))
-    count = kept.sum(2)
-    runs = torch.ones_like(count)
-    for run in range(2, WORD + 1):
-        ends = torch.arange(0, WORD + run, run).clamp_max(WORD)
-        fits = (before[:, :, ends[1:]] - before[:, :, ends[:-1]]).flatten(2).amax(2) <= MAX_LANE_SUM
-        runs = torch.where(fits & (run <= count), run, runs)
-    return runs.to(torch.uint8)
+    lanes = lanes.gather(1, (~kept).int().argsort(dim=1, stable=True)[..., None].expand_as(lanes))  # kept ones first
+    before = F.pad(lanes.cumsum(1), (0, 0, 1, 0)).transpose(1, 2).contiguous()
+    starts = torch.arange(units + 1, device=blocks.device)
+    # where a sequence from each start would first be too much, less one; the end of a block row is no bound
+    ends = torch.searchsorted(before, before + MAX_LANE_SUM, right=True) - 1
+    fits = torch.where(ends < units, ends - starts, MAX_RUN)
+    return fits.flatten(1).amin(1).clamp_max(MAX_RUN).to(torch.uint8)
 
 
 def fake(weight: torch.Tensor, layout: str) -> torch.Tensor:

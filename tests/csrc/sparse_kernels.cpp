@@ -56,6 +56,17 @@ struct Packed {
   }
 };
 
+// Whether any `run` blocks in a row, wherever they begin, add up in 16 bits.
+bool fit_16_bits(const std::vector<std::vector<int>>& sizes, int run) {
+  for (size_t first = 0; first < sizes.size(); ++first)
+    for (size_t i = 0; i < sizes[first].size(); ++i) {
+      int sum = 0;
+      for (size_t b = first; b < sizes.size() && b < first + static_cast<size_t>(run); ++b) sum += sizes[b][i];
+      if (sum > 32767) return false;
+    }
+  return true;
+}
+
 // By the drawing in sparse_layout.h: bits, offsets, values and, of integers, what the runs promise.
 void check_layout(const cpu::SparseWeightView& view, Packed& packed, const std::string& name) {
   const cpu::SparseLayout& layout = packed.layout;
@@ -68,10 +79,10 @@ void check_layout(const cpu::SparseWeightView& view, Packed& packed, const std::
   bool right = true;
   for (int64_t row = 0; row < layout.rows; ++row) {
     right &= offsets[row] == block;
+    const int run = view.floats ? 0 : packed.bytes[layout.runs + row];
+    right &= view.floats || (run >= 1 && run <= cpu::kMaxSparseRun);
+    std::vector<std::vector<int>> sizes;  // of each kept block and sum
     for (int64_t word = 0; word < layout.words; ++word) {
-      std::vector<int> sums(layout.block_rows * 4, 0);
-      int in_run = 0;
-      const int run = view.floats ? 0 : packed.bytes[layout.runs + row * layout.words + word];
       for (int64_t u = word * cpu::kWordUnits; u < (word + 1) * cpu::kWordUnits; ++u) {
         std::vector<uint8_t> expected(layout.block_rows * cpu::kUnitBytes, 0);
         for (int64_t j = 0; j < layout.block_rows; ++j)
@@ -89,16 +100,14 @@ void check_layout(const cpu::SparseWeightView& view, Packed& packed, const std::
         right &= std::memcmp(got, expected.data(), expected.size()) == 0;
         ++block;
         if (view.floats) continue;
-        if (in_run == run) in_run = 0, sums.assign(sums.size(), 0);
-        ++in_run;
+        sizes.emplace_back(layout.block_rows * 4, 0);
         for (size_t i = 0; i < expected.size(); ++i) {
           const int w = static_cast<int8_t>(expected[i]);
-          int& sum = sums[i / 2 * 2 + (w < 0)];
-          sum += 127 * std::abs(w);
-          right &= sum <= 32767;
+          sizes.back()[i / 2 * 2 + (w < 0)] += 127 * std::abs(w);
         }
       }
     }
+    right &= fit_16_bits(sizes, run);
   }
   right &= offsets[layout.rows] == block && block == layout.blocks;
   check(right, name + " layout");

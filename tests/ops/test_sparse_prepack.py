@@ -32,7 +32,7 @@ def by_index(weight, layout):
             kept = (inside != 0).any((1, 2))
             bitmap.append(sum(1 << u for u in np.flatnonzero(kept).tolist()))
             values.append(inside[kept])
-            runs.append(longest_run(inside[kept].astype(int)) if integers else 0)
+        runs.append(longest_run(blocks[(blocks != 0).any((1, 2))].astype(int)) if integers else 0)
         offsets.append(sum(map(len, values)))
     packed = np.array(bitmap, np.uint64).tobytes() + np.array(offsets, np.uint32).tobytes()
     if integers:
@@ -44,12 +44,14 @@ def by_index(weight, layout):
 
 
 def longest_run(blocks):
-    """Of a word's kept blocks [B, height, 4], how many can be added from a multiple of that number on: no lane (two of
-    the four k's) may reach a sum above 32767 in size with any activations in 0 … 127."""
+    """Of a block row's kept blocks [B, height, 4], how many in a row can be added, wherever they begin, at most 64: no
+    lane (two of the four k's) may reach a sum above 32767 in size with any activations in 0 … 127."""
     lanes = blocks.reshape(len(blocks), blocks.shape[1] * 2, 2)
     bounds = np.concatenate([127 * np.maximum(lanes, 0).sum(2), 127 * np.maximum(-lanes, 0).sum(2)], 1)
-    for run in range(len(blocks), 1, -1):
-        if np.add.reduceat(bounds, np.arange(0, len(blocks), run)).max() <= 32767:
+    sums = np.concatenate([np.zeros_like(bounds[:1]), bounds.cumsum(0)])
+    for run in range(64, 1, -1):
+        width = min(run, len(blocks))
+        if width == 0 or (sums[width:] - sums[:-width]).max() <= 32767:
             return run
     return 1
 
@@ -102,8 +104,7 @@ def runs(weight, layout):
     n, k = weight.shape
     packed = ops.sparse_prepack(weight, layout).view(torch.uint8)
     where = parts(n, k, torch.int8, layout, 0)
-    words = -(-k // 256)
-    return packed[where["runs"] :][: -(-n // sparse_cases.BLOCK_ROWS[layout]) * words].tolist()
+    return packed[where["runs"] :][: -(-n // sparse_cases.BLOCK_ROWS[layout])].tolist()
 
 
 @pytest.mark.parametrize("layout", sparse_cases.LAYOUTS[torch.int8])
@@ -112,16 +113,20 @@ def test_length_of_runs(layout):
     rows = sparse_cases.BLOCK_ROWS[layout]
     for value, run in ((1, 64), (2, 64), (3, 43), (-3, 43), (21, 6), (43, 3), (44, 2), (64, 2), (65, 1), (-128, 1)):
         assert runs(torch.full((rows, 256), value, dtype=torch.int8), layout) == [run], value
-    assert runs(torch.zeros(rows, 300, dtype=torch.int8), layout) == [1, 1]
+    assert runs(torch.zeros(rows, 300, dtype=torch.int8), layout) == [64]
     weight = torch.full((rows, 600), 1, dtype=torch.int8)
-    weight[-1, 258] = 127  # one lane of one output decides for its block row and word: 127 + 1 + 65 * 2
+    assert runs(weight, layout) == [64]
+    weight[-1, 258] = 127  # one lane of one output decides for its block row
+    assert runs(weight, layout) == [64]  # 127 + 1 + 63 * 2 and 4 to spare
     weight[-1, 512:] = 30
-    assert runs(weight, layout) == [64, 64, 4]
+    assert runs(weight, layout) == [4]
     weight[-1, 260:264:2] = 127
-    assert runs(weight, layout)[1] == 3  # 128 + 128 + 2 and no more
+    assert runs(weight, layout) == [3]  # 128 + 128 + 2 and no more
     kept_far_apart = torch.zeros(rows, 256, dtype=torch.int8)
     kept_far_apart[0, [0, 100, 255]] = 127
-    assert runs(kept_far_apart, layout) == [3]  # the lanes of k 0, 1 and of k 2, 3 are different ones
+    assert runs(kept_far_apart, layout) == [64]  # the lanes of k 0, 1 and of k 2, 3 are different ones
+    kept_far_apart[0, 252] = 5
+    assert runs(kept_far_apart, layout) == [2]
 
 
 def test_longest_row_sums_without_overflow():
