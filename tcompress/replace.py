@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs, round_to_nearest
 from tcompress.recipe import Sparse
-from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight
 
 
 @dataclass
@@ -52,7 +53,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     if isinstance(module, nn.Embedding):
         replacement = QuantizedEmbedding.from_packed(packed, scheme, module.weight.dtype, module.padding_idx)
     else:
-        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+        bias = linear_bias(module)
         kernel = next((m.held_kernel for m in shared.modules if m.held_kernel is not None), None)
         replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel)
     shared.modules.append(replacement)
@@ -62,7 +63,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
 
 def _sparse(match: Match, step: Sparse) -> SparseLinear:
     module = match.module
-    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    bias = linear_bias(module)
     try:
         layer = SparseLinear.from_weight(match.weight, bias, step.scheme, tokens=step.tokens)
     except ValueError as error:
@@ -81,7 +82,9 @@ def pruned_copy(module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Param
         if old is None:
             continue
         if name == "bias":
-            memo[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+            bias = linear_bias(module)
+            assert bias is not None
+            memo[id(old)] = nn.Parameter(bias.detach().clone(), old.requires_grad)
             continue
         if id(old) not in cache:
             weight = linear_weight(module).detach().masked_fill(~mask, 0)
@@ -128,13 +131,23 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
     else:
         # deepcopy takes what its memo holds instead of copying: no second copy of the replaced weights is made
         memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+        memo |= {id(value): value.detach().clone() for value in _masked_values(model)}
         try:
             model = copy.deepcopy(model, memo)
-        except RuntimeError as error:  # weights that a hook computes (prune, weight_norm)
+        except RuntimeError as error:  # weights that a hook computes (weight_norm)
             got = f"a model that cannot be copied ({str(error).strip()})"
             raise ValueError(message("compress", "model", got, "one that can", "or pass inplace=True")) from error
     disable_torch_fast_path(model)
     return model
+
+
+def _masked_values(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What `torch.nn.utils.prune` computed for the last call; deepcopy refuses what has a gradient's history."""
+    for module in model.modules():
+        for name in module._buffers:
+            value = vars(module).get(name.removesuffix("_mask"))
+            if name.endswith("_mask") and isinstance(value, torch.Tensor):
+                yield value
 
 
 def disable_torch_fast_path(model: nn.Module) -> None:

@@ -36,13 +36,13 @@ class SparseKernel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight that is packed."""
+        """Of the weight in a sparse layout."""
         return torch.float32 if self.scheme is None else torch.int8
 
     def prepack(self, weight: torch.Tensor) -> torch.Tensor:
-        """[N, K] float32 or int8 to what `__call__` takes."""
+        """[N, K] float (the sparse layouts hold float32) or int8 to what `__call__` takes."""
         if self.layout != DENSE:
-            return sparse_prepack(weight, self.layout)
+            return sparse_prepack(weight.to(self.dtype), self.layout)
         return weight if self.scheme is None or not _has_cpu_kernels(weight) else int8_prepack(weight)
 
     def unpack(self, packed: torch.Tensor, n: int, k: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Which kernel layout a weight with zeros runs in: measured on this machine, the dense one among the candidates.
 
-A measurement is kept by layer size, layout, density, CPU path, threads, processor and version, in
+A measurement is kept by layer size, candidates, densities, types, CPU path, threads, processor and version, in
 `$XDG_CACHE_HOME/tcompress/tune.json` (`~/.cache` by default): layers alike are measured once. `TCOMPRESS_TUNE=0`
 measures nothing and takes a stored model of costs; what was measured before is then not looked at either.
 """
@@ -34,6 +34,10 @@ ROUNDS = 7
 ROUND_SECONDS = 0.004
 #: A median call so many times as long as the fastest one: another process has the processor, and nothing is kept.
 BUSY = 3.0
+#: Likewise where other processes took this part of the processors meanwhile.
+OTHERS = 0.2
+#: On a busy machine, times so far above the model of costs are those of a scheduler: the model is taken instead.
+IMPLAUSIBLE = 8.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Choice:
         tokens: for how many tokens.
         seconds: of each candidate, by layout.
         source: "measured", "measured on a busy machine" (and not kept), "cached" (measured before), "model"
-            (TCOMPRESS_TUNE=0), or "the only one".
+            (TCOMPRESS_TUNE=0), "model: the machine is too busy to measure", or "the only one".
     """
 
     kernel: SparseKernel
@@ -61,47 +65,59 @@ class Choice:
         return self.seconds[DENSE] / self.seconds[self.kernel.layout]
 
 
-def choose(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int = 128) -> Choice:
+def choose(
+    weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int = 128, dtype: torch.dtype = torch.float32
+) -> Choice:
     """The fastest of some kernels for a weight.
 
     Args:
         weight: [N, K], float32 or int8, as the kernels take it.
         kernels: candidates, the dense one among them (`sparse_kernel.kernels_for`).
         tokens: M, the number of rows of x that counts.
+        dtype: of x.
 
     Raises:
-        ValueError: fewer than one token.
+        TypeError: tokens is not an integer. ValueError: fewer than one token.
     """
+    if not isinstance(tokens, int):
+        raise TypeError(message("tune", "tokens", tokens, "an integer"))
     if tokens < 1:
         raise ValueError(message("tune", "tokens", tokens, "at least 1"))
     tuning = os.environ.get("TCOMPRESS_TUNE", "1") != "0"
-    keys = {kernel.layout: _key(weight, kernel, tokens) for kernel in kernels}
-    known = _read() if tuning else {}
+    key = _key(weight, kernels, tokens, dtype)
+    known = _read().get(key, {}) if tuning else {}
     if len(kernels) == 1:
         seconds, source = {kernels[0].layout: 0.0}, "the only one"
     elif not tuning:
-        seconds, source = {kernel.layout: model_seconds(weight, kernel, tokens) for kernel in kernels}, "model"
-    elif all(key in known for key in keys.values()):
-        seconds, source = {layout: known[key] for layout, key in keys.items()}, "cached"
+        seconds, source = _model(weight, kernels, tokens), "model"
+    elif known.keys() == {kernel.layout for kernel in kernels}:
+        seconds, source = known, "cached"
     else:
-        seconds, busy = measure(weight, kernels, tokens)
+        seconds, busy = measure(weight, kernels, tokens, dtype)
         source = "measured on a busy machine" if busy else "measured"
         if not busy:
-            _write({keys[layout]: value for layout, value in seconds.items()})
+            _write({key: seconds})
+        elif any(seconds[name] > IMPLAUSIBLE * value for name, value in _model(weight, kernels, tokens).items()):
+            seconds, source = _model(weight, kernels, tokens), "model: the machine is too busy to measure"
     best = min(kernels, key=lambda kernel: seconds[kernel.layout] * (MARGIN if kernel.layout == DENSE else 1))
     return Choice(best, tokens, seconds, source)
 
 
-def measure(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int) -> tuple[dict[str, float], bool]:
+def measure(
+    weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, float], bool]:
     """Seconds of the fastest call of each kernel, in turns, and whether another process was in the way.
 
     The fastest, because a thread that loses its core makes a call hundreds of times as long.
     """
     n, k = weight.shape
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(0))
-    scale = None if weight.dtype == torch.float32 else torch.full((n,), 0.01)
+    # Types and device in words: a program may have other defaults.
+    x = torch.randn(tokens, k, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    x = x.to(dtype)
+    scale = None if weight.dtype != torch.int8 else torch.full((n,), 0.01, dtype=torch.float32, device="cpu")
     packed = {kernel.layout: kernel.prepack(weight) for kernel in kernels}
     times: dict[str, list[float]] = {kernel.layout: [] for kernel in kernels}
+    before = _processor_seconds()
     with torch.inference_mode():
         for warm_up in (True, *[False] * ROUNDS):
             for kernel in kernels:
@@ -113,7 +129,26 @@ def measure(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int) 
                 if not warm_up:
                     times[kernel.layout] += calls
     fastest = {layout: min(values) for layout, values in times.items()}
-    return fastest, any(statistics.median(values) > BUSY * fastest[layout] for layout, values in times.items())
+    busy = any(statistics.median(values) > BUSY * fastest[layout] for layout, values in times.items())
+    return fastest, busy or _others(before, _processor_seconds()) > OTHERS
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Of all processors together: passed, used by anyone, used by this process. Zeros where that cannot be known."""
+    try:
+        fields = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0, 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    idle = fields[3] + fields[4]
+    own = os.times()
+    return sum(fields) / ticks, (sum(fields) - idle) / ticks, own.user + own.system
+
+
+def _others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """The part of the processors that other processes used between two `_processor_seconds`."""
+    passed, used, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(used - own, 0.0) / passed if passed > 0 else 0.0
 
 
 #: Nanoseconds by path and layout, of one core: (a token's input or output, a kept unit and token, a word of a block row
@@ -136,8 +171,11 @@ COSTS: dict[str, dict[str, tuple[float, float, float]]] = {
         "8x4": (0.5, 0.022, 8.0),
     },
 }
-#: Time of 2:4 weights against that of the dense layout (docs/design/009).
+#: Time of 2:4 weights against that of the dense layout where the kernel multiplies them as they lie: unsigned
+#: activations and many tokens (docs/design/009). Elsewhere they are unpacked at each call.
 TWO_FOUR_COST = {"avx2": 0.75, "avxvnni": 0.75}
+TWO_FOUR_TOKENS = 32
+UNPACKED_COST = 1.5
 COSTS["amx"] = COSTS["avx512vnni"] | {"int8 dense": (0.3, 0.006, 0.0), "8x4": (0.5, 0.010, 8.0)}
 
 
@@ -149,10 +187,14 @@ def model_seconds(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> fl
     if kernel.layout == DENSE:
         name, kept, words = ("int8" if integers else "float") + " dense", n * k / (4 if integers else 1), 0.0
     elif kernel.layout == TWO_FOUR:
-        name, kept, words = "int8 dense", n * k / 4 * TWO_FOUR_COST.get(backend.cpu_path() or "", 1.5), 0.0
+        assert kernel.scheme is not None
+        assert kernel.scheme.activations is not None
+        straight = not kernel.scheme.activations.symmetric and tokens >= TWO_FOUR_TOKENS
+        cost = TWO_FOUR_COST.get(backend.cpu_path() or "", UNPACKED_COST) if straight else UNPACKED_COST
+        name, kept, words = "int8 dense", n * k / 4 * cost, 0.0
     else:
-        rows = LAYOUTS[weight.dtype][kernel.layout]
-        blocks = (blocks_of(weight, rows) != 0).any(-1)
+        rows = LAYOUTS[kernel.dtype][kernel.layout]
+        blocks = (blocks_of(weight.to(kernel.dtype), rows) != 0).any(-1)
         kept, words = float(blocks.sum()) * rows, blocks.shape[0] * -(-blocks.shape[1] // WORD)
         name = "8x4 float" if kernel.layout == "8x4" and not integers else kernel.layout
     element, unit, word = table[name]
@@ -160,15 +202,25 @@ def model_seconds(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> fl
     return (tokens * (n + k) * element + kept * tokens * unit + words * -(-tokens // 64) * word) * 1e-9 / cores
 
 
-def _key(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> str:
-    """Density in steps of one part in fifty: layers of one pruned model differ by less."""
+def _model(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int) -> dict[str, float]:
+    return {kernel.layout: model_seconds(weight, kernel, tokens) for kernel in kernels}
+
+
+def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dtype: torch.dtype) -> str:
+    """One of all candidates: times of one measurement belong together. Density in steps of one part in fifty: layers of
+    one pruned model differ by less."""
     n, k = weight.shape
-    density = 1.0
-    if kernel.layout in LAYOUTS[weight.dtype]:
-        kept = (blocks_of(weight, LAYOUTS[weight.dtype][kernel.layout]) != 0).any(-1)
+    scheme = kernels[0].scheme.name if kernels[0].scheme else str(weight.dtype).removeprefix("torch.")
+    layouts = []
+    for kernel in kernels:
+        block_rows = LAYOUTS.get(kernel.dtype, {}).get(kernel.layout)
+        if block_rows is None:
+            layouts.append(kernel.layout)
+            continue
+        kept = (blocks_of(weight.to(kernel.dtype), block_rows) != 0).any(-1)
         density = round(float(kept.float().mean()) * 50) / 50 if kept.numel() else 0.0
-    scheme = kernel.scheme.name if kernel.scheme else "float32"
-    what = f"{scheme} {kernel.layout} {tokens}x{k}x{n} {density:.2f}"
+        layouts.append(f"{kernel.layout} {density:.2f}")
+    what = f"{scheme} {str(dtype).removeprefix('torch.')} {tokens}x{k}x{n} {', '.join(layouts)}"
     return f"{what} | {backend.cpu_path()} {torch.get_num_threads()} threads | {_machine()}"
 
 
@@ -192,7 +244,7 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcompress" / "tune.json"
 
 
-def _read() -> dict[str, float]:
+def _read() -> dict[str, dict[str, float]]:
     """What is known; a file that is damaged, or another program's, holds nothing: it is only a cache."""
     try:
         content = json.loads(cache_file().read_text())
@@ -200,10 +252,16 @@ def _read() -> dict[str, float]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return {k: v for k, v in content.items() if isinstance(v, float) and 0 < v < math.inf}
+    return {
+        key: times for key, times in content.items() if isinstance(times, dict) and all(map(_is_time, times.values()))
+    }
 
 
-def _write(new: dict[str, float]) -> None:
+def _is_time(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def _write(new: dict[str, dict[str, float]]) -> None:
     """Adds measurements; a folder that cannot be written is no reason to fail."""
     temporary = None
     try:

@@ -23,3 +23,9 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     masked = is_masked_by_torch(module)
     weight: torch.Tensor = module.weight_orig * module.weight_mask if masked else module.weight  # type: ignore[operator,assignment]
     return weight.t() if is_conv1d(module) else weight
+
+
+def linear_bias(module: nn.Module) -> torch.Tensor | None:
+    """The bias of a linear layer; a masked one is computed, since the attribute is that of the last call."""
+    masked = "bias_orig" in module._parameters and "bias_mask" in module._buffers
+    return module.bias_orig * module.bias_mask if masked else module.bias  # type: ignore[operator,return-value]

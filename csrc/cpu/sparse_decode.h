@@ -22,7 +22,7 @@ inline void fetch_values(const uint32_t* values) {
 }
 
 // Block rows of 1: lanes are units along K. D::spread(p, bits) puts the units from p on where bits are set, and zeros
-// elsewhere; D::sum_lanes adds all lanes.
+// elsewhere; D::store_total adds all lanes.
 template <class D, int kTokens>
 void decode_one(const SparseDecodeArgs& args) {
   constexpr int kLanes = D::kLanes, kParts = kWordUnits / kLanes;

@@ -63,6 +63,7 @@ void pack_row(const SparseWeightView& w, const SparseLayout& layout, int64_t row
       if (!read_block(w, row, u, block)) continue;
       bits |= 1ULL << (u % kWordUnits);
       std::memcpy(values + at, block, static_cast<size_t>(w.block_rows) * kUnitBytes);
+      if (w.block_rows == 1) packed[layout.positions + at] = static_cast<uint8_t>(u % kSegmentUnits);
       at += w.block_rows;
     }
     bitmap[word] = bits;
@@ -91,7 +92,8 @@ SparseLayout::SparseLayout(int64_t n_, int64_t k, bool floats, int64_t block_row
   column_sums = offsets + (rows + 1) * static_cast<int64_t>(sizeof(uint32_t));
   runs = column_sums + (floats ? 0 : round_up(n, kPanel) * static_cast<int64_t>(sizeof(int32_t)));
   values = round_up(runs + (floats ? 0 : rows), kCacheLine);
-  bytes = values + blocks * block_rows * kUnitBytes + kSparsePad;
+  positions = values + blocks * block_rows * kUnitBytes;
+  bytes = positions + (block_rows == 1 ? blocks : 0) + kSparsePad;
 }
 
 bool read_block(const SparseWeightView& w, int64_t row, int64_t u, uint32_t* block) {

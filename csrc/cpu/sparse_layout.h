@@ -9,7 +9,12 @@
 //   [R + 1] uint32     where each block row's values begin, in blocks
 //   [N/16*16] int32    int8: sum_k w[n,k]
 //   [R] uint8         int8: run, how many consecutive kept blocks of it can be summed in 16 bits (see below)
-//   [blocks][block_rows] units, from a multiple of 64 bytes on, and 64 zero bytes that a vector load may read
+//   [blocks][block_rows] units, from a multiple of 64 bytes on
+//   [blocks] uint8    block rows of 1: position modulo kSegmentUnits of each kept block
+//   64 zero bytes that a vector load may read
+//
+// With one output a kept unit is 64 to 256 multiplications only: to find its place by the bitmap, one word of 64 units
+// after the other, took as long (docs/design/008). A byte a unit is the same place ready made, for many words at once.
 //
 // A 16-bit lane adds a[k] * w[n,k] for two of a unit's four k's, 0 <= a <= 127. A block row's run is the largest number
 // r, 1 … kMaxSparseRun, such that in no sequence of r kept blocks, wherever it begins, a lane's positive or negative
@@ -25,6 +30,7 @@ namespace tcompress::cpu {
 
 constexpr int kWordUnits = 64;
 constexpr int kUnitBytes = 4;
+constexpr int kSegmentUnits = 256;  // a position is a byte
 constexpr int kMaxBlockRows = 8;
 constexpr int kMaxSparseRun = 64;
 constexpr int kSparsePad = 64;                   // bytes after the last value
@@ -33,7 +39,7 @@ constexpr int64_t kMaxSparseBlocks = 1LL << 31;  // an offset fits 32 bits
 // Where the parts begin, in bytes.
 struct SparseLayout {
   int64_t n, units, block_rows, rows, words, blocks;
-  int64_t offsets, column_sums, runs, values, bytes;
+  int64_t offsets, column_sums, runs, values, positions, bytes;  // positions: block rows of 1
 
   // block_rows: 1 or 8; blocks: how many are kept.
   SparseLayout(int64_t n, int64_t k, bool floats, int64_t block_rows, int64_t blocks);

@@ -16,11 +16,13 @@ namespace {
 constexpr int64_t kDecodeTokens = 8;  // up to so many tokens take the way for few
 constexpr float kNotFinite = __builtin_nanf("");
 
-// Words whose activations fit the first-level cache beside a group's sums.
-int64_t words_in_l1(int64_t tokens) {
+// Words of a call for block rows of 1, which divide a segment: those whose activations fit the first-level cache beside
+// a group's sums; but a block row with few kept units in a call pays more for the call than for the second-level cache.
+int64_t words_of_call(int64_t tokens, double density) {
+  if (density <= 0.25) return kSegmentWords;
   static const int64_t l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
   const int64_t words = (l1 - kGroup * tokens * kUnitBytes) / (kWordUnits * tokens * kUnitBytes);
-  return words > 1 ? words : 1;
+  return words >= kSegmentWords ? kSegmentWords : words >= 2 ? 2 : 1;
 }
 
 struct Workspace {
@@ -49,6 +51,7 @@ struct Plan {
   const uint64_t* bitmap() const { return reinterpret_cast<const uint64_t*>(args.kernel_weight); }
   const uint32_t* offsets() const { return reinterpret_cast<const uint32_t*>(args.kernel_weight + layout.offsets); }
   const uint32_t* values() const { return reinterpret_cast<const uint32_t*>(args.kernel_weight + layout.values); }
+  const uint8_t* positions() const { return args.kernel_weight + layout.positions; }
   uint64_t last_word() const {
     const int64_t used = layout.units % kWordUnits;
     return used == 0 ? ~0ULL : (1ULL << used) - 1;
@@ -115,8 +118,9 @@ void run_few(const Plan& plan, const Workspace& work, const SparseGroup& group, 
   for (int64_t r = 0; r < rows; r += kMaxDecodeRows)
     plan.kernels.decode[plan.kind](
         {work.rows + r * plan.row_stride, plan.row_stride, static_cast<int>(smaller(rows - r, kMaxDecodeRows)),
-         plan.bitmap() + group.row * words, words, plan.last_word(), plan.values(), plan.offsets() + group.row,
-         static_cast<uint32_t>(plan.layout.blocks), static_cast<int>(group.rows), work.turned + r * kGroup, kGroup});
+         plan.bitmap() + group.row * words, words, plan.last_word(), plan.values(), plan.positions(),
+         plan.offsets() + group.row, static_cast<uint32_t>(plan.layout.blocks), static_cast<int>(group.rows),
+         work.turned + r * kGroup, kGroup});
   finish(plan, work, group, m0, rows);
 }
 
@@ -130,10 +134,11 @@ void run_tile(const Plan& plan, const Workspace& work, const SparseGroup& group,
   const int64_t step = plan.call_words;
   for (int64_t word = 0; word < layout.words; word += step) {
     const int64_t words = smaller(step, layout.words - word), first = group.row * layout.words + word;
-    plan.kernels.tile[plan.kind]({work.units + word * kWordUnits * tokens, vectors, plan.bitmap() + first,
-                                  runs + group.row, layout.words, words,
-                                  word + words == layout.words ? plan.last_word() : ~0ULL, plan.values(), work.cursor,
-                                  static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), work.sums});
+    const int64_t begin = plan.kind == 0 ? word / kSegmentWords * kSegmentWords : word;
+    plan.kernels.tile[plan.kind](
+        {work.units + begin * kWordUnits * tokens, vectors, plan.bitmap() + first, runs + group.row, layout.words,
+         words, word + words == layout.words ? plan.last_word() : ~0ULL, plan.values(), plan.positions(), work.cursor,
+         static_cast<uint32_t>(layout.blocks), static_cast<int>(group.rows), work.sums});
   }
   plan.path.transpose(work.sums, tokens, round_up(group.n, 8), tokens, work.turned, kGroup);
   finish(plan, work, group, m0, rows);
@@ -200,8 +205,11 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
       split_tokens(args.m, args.n, threads, few ? 1 : lanes, few ? kDecodeTokens : path.tile_vectors * lanes, fixed);
   const int64_t tile_tokens = split.tile_tokens;
 
-  const int64_t row_stride = odd_lines(layout.words * kWordUnits * kUnitBytes) / kUnitBytes;
-  const int64_t call_words = kind == 0 ? smaller(words_in_l1(path.tile_vectors * lanes), kMaxBlockWords)
+  const double density = static_cast<double>(args.blocks) / static_cast<double>(layout.rows * layout.units + 1);
+  // To the end of the last segment, which positions cannot leave whatever they are.
+  const int64_t whole_units = round_up(layout.units, kSegmentUnits);
+  const int64_t row_stride = odd_lines(whole_units * kUnitBytes) / kUnitBytes;
+  const int64_t call_words = kind == 0 ? words_of_call(path.tile_vectors * lanes, density)
                                        : (kernels.whole_rows ? layout.words : kMaxBlockWords);
   const Plan plan{args,
                   path,
@@ -226,7 +234,7 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads) {
     return at;
   };
   const int64_t at_rows = reserve(tile_tokens * row_stride), at_sums = reserve(kGroup * tile_tokens);
-  const int64_t at_units = few ? 0 : reserve(round_up(layout.units, 8) * tile_tokens);
+  const int64_t at_units = few ? 0 : reserve(whole_units * tile_tokens);
   const int64_t at_turned = reserve(tile_tokens * kGroup), at_scale = reserve(tile_tokens);
   const int64_t at_zero = reserve(tile_tokens), at_cursor = reserve(kGroup);
   uint32_t* memory = reinterpret_cast<uint32_t*>(scratch(size * kUnitBytes * split.by_tokens * split.by_outputs));

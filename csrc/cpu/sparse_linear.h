@@ -45,13 +45,15 @@ void sparse_linear(const SparseLinearArgs& args, int num_threads);
 
 // ---- what a path provides -------------------------------------------------------------------------------------------
 
-constexpr int kMaxTileVectors = 8;  // vectors of tokens in a tile
+constexpr int kMaxTileVectors = 8;                         // vectors of tokens in a tile
+constexpr int kSegmentWords = kSegmentUnits / kWordUnits;  // block rows of 1 take no more in a tile call
 constexpr int kMaxBlockWords =
     8;  // words of block rows of 8 in a tile call: their positions are listed once for all tokens
 
 // Adds the products of some words of all block rows of a group to its sums.
 struct SparseTileArgs {
-  const uint32_t* a;       // [units of the words][vectors * lanes]
+  // [units of the words][vectors * lanes]; block rows of 1: from the words' segment on, all of it readable
+  const uint32_t* a;
   int vectors;             // 1 … kMaxTileVectors
   const uint64_t* bitmap;  // the first word of the first block row
   const uint8_t* runs;     // int8: of the first block row
@@ -59,22 +61,24 @@ struct SparseTileArgs {
   int64_t words;
   uint64_t last_word;  // the bits of the last word that may be set
   const uint32_t* values;
-  uint32_t* cursor;  // [rows]: the next block of each block row; advanced
-  uint32_t blocks;   // in all: no cursor goes past it, whatever the bitmap says
+  const uint8_t* positions;  // block rows of 1
+  uint32_t* cursor;          // [rows]: the next block of each block row; advanced
+  uint32_t blocks;           // in all: no cursor goes past it, whatever the bitmap says
   int rows;
   uint32_t* acc;  // [rows * block_rows][vectors * lanes] int32 or float
 };
 
 // All words of all block rows of a group for at most kMaxDecodeRows tokens.
 struct SparseDecodeArgs {
-  const uint32_t* a;  // [tokens][a_stride], readable for whole words
+  const uint32_t* a;  // [tokens][a_stride], readable for whole segments
   int64_t a_stride;   // in units
   int tokens;
   const uint64_t* bitmap;
   int64_t words;
   uint64_t last_word;
   const uint32_t* values;
-  const uint32_t* offsets;  // of the first block row
+  const uint8_t* positions;  // block rows of 1
+  const uint32_t* offsets;   // of the first block row
   uint32_t blocks;
   int rows;
   uint32_t* acc;  // [tokens][acc_stride] int32 or float; set, not added to

@@ -10,7 +10,7 @@
 // 3. A chunk of 16 blocks is copied before the chunk that was copied kLag chunks ago is multiplied: a tile load waits
 //    until the stores it reads have left the store buffer.
 //
-// Block rows of 1, floats, few tokens and block rows with few kept blocks: AVX-512 (docs/design/011-sparse-amx.md).
+// Block rows of 1, floats, few tokens and block rows with few kept blocks: AVX-512.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,popcnt,amx-tile,amx-int8")
 

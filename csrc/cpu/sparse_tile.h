@@ -27,55 +27,53 @@ constexpr int kMinChain = 32;
 // A sum takes four or five cycles and two start in each: few vectors need a second set of sums, for every second unit.
 constexpr int chains(int vectors) { return vectors > 4 ? 1 : 2; }
 
+// Kept blocks of a block row in its words.
+inline int count_kept(const SparseTileArgs& args, int row) {
+  uint32_t count = 0;
+  for (int64_t word = 0; word < args.words; ++word) {
+    const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
+    count += static_cast<uint32_t>(__builtin_popcountll(
+        kept_bits(args.bitmap[row * args.word_stride + word], allowed, args.cursor[row] + count, args.blocks)));
+  }
+  return static_cast<int>(count);
+}
+
 template <class D, int kVectors>
 void tile_one(const SparseTileArgs& args) {
   constexpr int kTokens = kVectors * D::kLanes, kChains = chains(kVectors);
+  constexpr int kChain = D::kRounds ? kMinChain * 2 : kSegmentUnits;
   for (int row = 0; row < args.rows; ++row) {
-    uint32_t at = args.cursor[row];
+    const int count = count_kept(args, row);
+    const uint32_t* values = args.values + args.cursor[row];
+    const uint8_t* positions = args.positions + args.cursor[row];
+    args.cursor[row] += static_cast<uint32_t>(count);
     uint32_t* acc = args.acc + row * kTokens;
-    typename D::Sum sum[kChains][kVectors];
-    const auto begin = [&]() __attribute__((always_inline)) {
+    for (int i = 0; i < count;) {
+      const int end = count - i < kChain ? count : i + kChain;
+      typename D::Sum sum[kChains][kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         for (int chain = 0; chain < kChains; ++chain) sum[chain][v] = D::zero();
-    };
-    const auto end = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        if (kChains == 2) sum[0][v] = D::add(sum[0][v], sum[kChains - 1][v]);
-        D::store_sum(acc + v * D::kLanes, D::add(D::load_sum(acc + v * D::kLanes), sum[0][v]));
-      }
-    };
-    begin();
-    uint32_t chain_end = at + kMinChain;
-    for (int64_t word = 0; word < args.words; ++word) {
-      const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
-      uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
-      if (D::kRounds && at >= chain_end) {
-        end();
-        begin();
-        chain_end = at + kMinChain;
-      }
-      const uint32_t* a = args.a + word * kWordUnits * kTokens;
-      const uint32_t* values = args.values + at;
-      at += static_cast<uint32_t>(__builtin_popcountll(bits));
       const auto step = [&](int chain) __attribute__((always_inline)) {
-        const auto w = D::broadcast(values++);
-        const uint32_t* unit = a + static_cast<int64_t>(__builtin_ctzll(bits)) * kTokens;
-        bits &= bits - 1;
+        const auto w = D::broadcast(values + i);
+        const uint32_t* unit = args.a + static_cast<int64_t>(positions[i]) * kTokens;
+        ++i;
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v)
           sum[chain][v] = D::multiply_add(sum[chain][v], D::load(unit + v * D::kLanes), w);
       };
       if (kChains == 2)
-        while ((bits & (bits - 1)) != 0) {
+        while (i + 1 < end) {
           step(0);
           step(kChains - 1);
         }
-      while (bits != 0) step(0);
+      while (i < end) step(0);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        if (kChains == 2) sum[0][v] = D::add(sum[0][v], sum[kChains - 1][v]);
+        D::store_sum(acc + v * D::kLanes, D::add(D::load_sum(acc + v * D::kLanes), sum[0][v]));
+      }
     }
-    end();
-    args.cursor[row] = at;
   }
 }
 

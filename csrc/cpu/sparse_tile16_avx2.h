@@ -47,34 +47,29 @@ inline void widen_into(uint32_t* acc, __m256i sum) {
 // A schedule that sparse_prepack did not write gives wrong sums, but ends.
 inline int next_run(int run, int left) { return run == 0 || run > left ? left : run; }
 
-// Steps from bit to bit: a list of positions first, as for block rows of 8, does not pay for one output.
 template <int kVectors>
 void tile16_one(const SparseTileArgs& args) {
   constexpr int kLanes = Bytes256::kLanes, kTokens = kVectors * kLanes;
   for (int row = 0; row < args.rows; ++row) {
-    uint32_t at = args.cursor[row];
+    const int count = count_kept(args, row);
+    const uint32_t* values = args.values + args.cursor[row];
+    const uint8_t* positions = args.positions + args.cursor[row];
+    args.cursor[row] += static_cast<uint32_t>(count);
     uint32_t* acc = args.acc + row * kTokens;
-    for (int64_t word = 0; word < args.words; ++word) {
-      const uint64_t allowed = word + 1 == args.words ? args.last_word : ~0ULL;
-      uint64_t bits = kept_bits(args.bitmap[row * args.word_stride + word], allowed, at, args.blocks);
-      const uint32_t* a = args.a + word * kWordUnits * kTokens;
-      for (int left = __builtin_popcountll(bits); left > 0;) {
-        const int run = next_run(args.runs[row], left);
-        left -= run;
-        __m256i sum[kVectors];
+    for (int i = 0; i < count;) {
+      const int end = i + next_run(args.runs[row], count - i);
+      __m256i sum[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[v] = _mm256_setzero_si256();
-        for (int i = 0; i < run; ++i, bits &= bits - 1, ++at) {
-          const __m256i w = broadcast_256(args.values + at);
-          const uint32_t* unit = a + __builtin_ctzll(bits) * kTokens;
+      for (int v = 0; v < kVectors; ++v) sum[v] = _mm256_setzero_si256();
+      for (; i < end; ++i) {
+        const __m256i w = broadcast_256(values + i);
+        const uint32_t* unit = args.a + static_cast<int64_t>(positions[i]) * kTokens;
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) multiply_add16(sum[v], unit + v * kLanes, w);
-        }
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) widen_into(acc + v * kLanes, sum[v]);
+        for (int v = 0; v < kVectors; ++v) multiply_add16(sum[v], unit + v * kLanes, w);
       }
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) widen_into(acc + v * kLanes, sum[v]);
     }
-    args.cursor[row] = at;
   }
 }
 

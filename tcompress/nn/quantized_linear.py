@@ -17,6 +17,7 @@ from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
+from tcompress.weights import linear_bias, linear_weight
 
 
 class QuantizedLinear(PackedModule):
@@ -100,8 +101,8 @@ class QuantizedLinear(PackedModule):
             ValueError: the weight holds NaN or infinity.
         """
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
-        packed = round_to_nearest(linear.weight, scheme.weights)
-        module = cls.from_packed(packed, linear.bias, scheme)
+        packed = round_to_nearest(linear_weight(linear), scheme.weights)
+        module = cls.from_packed(packed, linear_bias(linear), scheme)
         return module.train(linear.training)
 
     @property

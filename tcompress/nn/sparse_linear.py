@@ -18,7 +18,7 @@ from tcompress.packing import SparseWeight, pack_sparse
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
 from tcompress.sparse_kernel import DENSE, SparseKernel, best_pattern, kernels_for
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_bias, linear_weight
 
 _INDEX_KINDS = ("bitmap", "delta", "positions")
 
@@ -106,7 +106,7 @@ class SparseLinear(nn.Module):
                 and quantized activations.
         """
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
-        module = cls.from_weight(linear_weight(linear), linear.bias, scheme, pattern, layout, tokens)
+        module = cls.from_weight(linear_weight(linear), linear_bias(linear), scheme, pattern, layout, tokens)
         return module.train(linear.training)
 
     @classmethod
@@ -121,6 +121,11 @@ class SparseLinear(nn.Module):
     ) -> SparseLinear:
         """`from_linear` for a weight [N, K], float32, bfloat16 or float16."""
         weight = weight.detach()
+        if weight.dim() != 2:
+            raise ValueError(message("SparseLinear", "weight", f"{weight.dim()} dimensions", "[N, K]"))
+        check_float(weight, "SparseLinear", "weight")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(message("SparseLinear", "bias", list(bias.shape), f"[{weight.shape[0]}]"))
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(message("SparseLinear", "weight", "NaN or infinity", "finite values"))
         scale = None
@@ -130,8 +135,9 @@ class SparseLinear(nn.Module):
             stored, scale = quantized.qdata, quantized.scale
         else:
             stored = weight
-        dense = stored.float() if scheme is None else stored
-        choice = tune.choose(dense, kernels_for(dense, scheme), tokens) if layout == "auto" else None
+        choice = None
+        if layout == "auto":
+            choice = tune.choose(stored, kernels_for(stored, scheme), tokens, weight.dtype)
         layout = choice.kernel.layout if choice else layout
         pattern = best_pattern(stored) if pattern == "auto" else pattern
         module = cls(pack_sparse(stored, pattern, scale=scale), bias, scheme, layout)
@@ -143,7 +149,7 @@ class SparseLinear(nn.Module):
         if packed.values.device.type == "meta":
             self.values, self.index, self.kernel_weight = packed.values, packed.index, None
         else:
-            dense = packed.floats().float() if self.scheme is None else packed.integers()  # raises before a change
+            dense = packed.floats() if self.scheme is None else packed.integers()  # raises before a change
             usable = {kernel.layout: kernel for kernel in kernels_for(dense, self.scheme)}
             if self.layout not in usable and len(usable) > 1:
                 hint = "the weight does not have this pattern"

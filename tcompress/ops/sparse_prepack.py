@@ -12,6 +12,7 @@ from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
 from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
 
 WORD = 64  # units whose places one word of the bitmap holds
+SEGMENT = 256  # units that a position, a byte, tells apart
 MAX_RUN = 64  # kept blocks added in 16 bits, at most
 UNIT_BYTES = 4
 CACHE_LINE = 64
@@ -72,8 +73,14 @@ def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[
     column_sums = offsets + (rows + 1) * 4
     runs = column_sums + (-(-n // PANEL) * PANEL * 4 if integers else 0)
     values = -(-(runs + (rows if integers else 0)) // CACHE_LINE) * CACHE_LINE
-    size = values + blocks * LAYOUTS[dtype][layout] * UNIT_BYTES + PAD
+    size = values + blocks * block_bytes(dtype, layout) + PAD
     return {"offsets": offsets, "column_sums": column_sums, "runs": runs, "values": values, "bytes": size}
+
+
+def block_bytes(dtype: torch.dtype, layout: str) -> int:
+    """Of a kept block: its units, and with one output its position, a byte."""
+    block_rows = LAYOUTS[dtype][layout]
+    return block_rows * UNIT_BYTES + (block_rows == 1)
 
 
 def unit_count(k: int, dtype: torch.dtype) -> int:
@@ -95,13 +102,17 @@ def blocks_of(weight: torch.Tensor, block_rows: int) -> torch.Tensor:
 def pack_bitmap(kept: torch.Tensor) -> torch.Tensor:
     """bool [R, U] to uint8 [R, W * 8], the first unit in the lowest bit."""
     padded = F.pad(kept, (0, -kept.shape[1] % WORD))
-    return (padded.unflatten(1, (padded.shape[1] // 8, 8)).int() << torch.arange(8)).sum(-1).to(torch.uint8)
+    return (
+        (padded.unflatten(1, (padded.shape[1] // 8, 8)).int() << torch.arange(8, device=kept.device))
+        .sum(-1)
+        .to(torch.uint8)
+    )
 
 
 def unpack_bitmap(bitmap: torch.Tensor, rows: int, units: int) -> torch.Tensor:
     """The inverse: int8 [R * W * 8] to bool [R, U]."""
     words = -(-units // WORD)
-    bits = bitmap.view(torch.uint8).view(rows, words * 8, 1) >> torch.arange(8) & 1
+    bits = bitmap.view(torch.uint8).view(rows, words * 8, 1) >> torch.arange(8, device=bitmap.device) & 1
     return bits.bool().view(rows, words * WORD)[:, :units]
 
 
@@ -120,7 +131,10 @@ def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
         pieces += [F.pad(weight.sum(1, dtype=torch.int32), (0, -n % PANEL)), _runs(blocks, kept)]
     head = torch.cat([piece.reshape(-1).view(torch.int8) for piece in pieces])
     head = F.pad(head, (0, where["values"] - head.numel()))
-    return torch.cat([head, F.pad(values.reshape(-1).view(torch.int8), (0, PAD))])
+    tail = [values.reshape(-1).view(torch.int8)]
+    if blocks.shape[2] == 1:
+        tail.append((kept.nonzero()[:, 1] % SEGMENT).to(torch.uint8).view(torch.int8))
+    return torch.cat([head, *tail, head.new_zeros(PAD)])
 
 
 def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

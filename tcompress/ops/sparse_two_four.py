@@ -37,7 +37,7 @@ def pack_two_four(weight: torch.Tensor) -> torch.Tensor:
     whole = (candidates != 0).sum(-1) == (quads != 0).sum(-1, keepdim=True)
     pair = whole.int().argmax(-1, keepdim=True)  # the first one
     kept = candidates.gather(-2, pair[..., None].expand(*pair.shape, 2)).squeeze(-2)
-    rows = (pair.squeeze(-1) + torch.arange(CHUNK_QUADS) * len(PAIRS)).to(torch.uint8)
+    rows = (pair.squeeze(-1) + torch.arange(CHUNK_QUADS, device=weight.device) * len(PAIRS)).to(torch.uint8)
     run, starts = _runs(kept.int())
     fields = [kept.repeat(1, 1, 1, 2), starts.view(torch.int8), rows.view(torch.int8), run[..., None]]
     records = torch.cat([*(field.flatten(2) for field in fields), weight.new_zeros(n, chunks, 7)], -1)
@@ -77,6 +77,6 @@ def unpack_two_four(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
     record = torch.cat(records)
     weights = record[..., : CHUNK_QUADS * 4].unflatten(-1, (CHUNK_QUADS, 4))[..., :2]
     rows = record[..., CHUNK_BYTES - 8 - CHUNK_QUADS : CHUNK_BYTES - 8].contiguous().view(torch.uint8)
-    places = torch.tensor(PAIRS)[rows.long() % len(PAIRS)]
+    places = torch.tensor(PAIRS, device=packed.device)[rows.long() % len(PAIRS)]
     quads = packed.new_zeros(n, chunks, CHUNK_QUADS, QUAD).scatter(-1, places, weights)
     return quads.reshape(n, chunks * CHUNK_QUADS * QUAD)[:, :k].contiguous()

@@ -8,7 +8,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import QUAD
-from tcompress.ops.sparse_prepack import LAYOUTS, PAD, check_layout, parts, unit_count, unpack_bitmap
+from tcompress.ops.sparse_prepack import LAYOUTS, PAD, block_bytes, check_layout, parts, unit_count, unpack_bitmap
 from tcompress.ops.sparse_two_four import TWO_FOUR, two_four_bytes, unpack_two_four
 
 
@@ -45,7 +45,7 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
             raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), expected, "from sparse_prepack"))
         return
     least = parts(n, k, dtype, layout, 0)["bytes"] if min(n, k) >= 0 else 0
-    block = LAYOUTS[dtype][layout] * 4
+    block = block_bytes(dtype, layout)
     size = kernel_weight.numel()
     if min(n, k) < 0 or kernel_weight.dim() != 1 or size < least or (size - least) % block:
         expected = f"[{least} + {block} a block] for N={n}, K={k}"
@@ -59,7 +59,8 @@ def reference(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, l
     rows = -(-n // block_rows)
     where = parts(n, k, dtype, layout, 0)
     kept = unpack_bitmap(kernel_weight[: where["offsets"]], rows, units)
-    values = kernel_weight[where["values"] : kernel_weight.numel() - PAD].view(torch.int32).view(-1, block_rows)
+    count = (kernel_weight.numel() - PAD - where["values"]) // block_bytes(dtype, layout)
+    values = kernel_weight[where["values"] :][: count * block_rows * 4].view(torch.int32).view(-1, block_rows)
     blocks = kernel_weight.new_zeros((rows, units, block_rows), dtype=torch.int32)
     blocks[kept] = values
     weight = blocks.transpose(1, 2).reshape(-1).view(dtype)

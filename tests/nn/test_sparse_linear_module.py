@@ -183,7 +183,7 @@ def test_dense_where_zeros_bring_no_speed(monkeypatch):
 
 
 def _choice_of(layout, **seconds):
-    def choose(weight, kernels, tokens=128):
+    def choose(weight, kernels, tokens=128, dtype=None):
         kernel = next(kernel for kernel in kernels if kernel.layout == layout)
         return tune.Choice(kernel, tokens, {kernel.layout: 1e-3 for kernel in kernels} | seconds, "measured")
 
@@ -356,3 +356,46 @@ def test_compile_with_inductor(scheme, layout):
     x = tokens(3, 70)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dense_layout_holds_the_weight_s_own_type(dtype):
+    linear = pruned(64, 96, "unstructured").to(dtype)
+    module = SparseLinear.from_linear(linear, layout="dense")
+    assert module.kernel_weight.dtype == dtype
+    x = tokens(5, 96).to(dtype)
+    assert torch.equal(module(x), linear(x))
+    assert torch.equal(module.packed.dequantize(), linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(4), None, "weight: got 1 dimensions"),
+        (torch.ones(2, 2, 2), None, "weight: got 3 dimensions"),
+        (torch.ones(4, 8), torch.ones(5), r"bias: got \[5\], expected \[4\]"),
+    ],
+)
+def test_wrong_shapes(weight, bias, message):
+    with pytest.raises(ValueError, match=message):
+        SparseLinear.from_weight(weight, bias)
+
+
+def test_wrong_types():
+    with pytest.raises(TypeError, match="weight"):
+        SparseLinear.from_weight(torch.ones(4, 8, dtype=torch.float64), None)
+    with pytest.raises(TypeError, match="tokens"):
+        SparseLinear.from_weight(torch.ones(4, 8), None, tokens=2.5)
+
+
+def test_measuring_under_other_defaults(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    linear = pruned(16, 32, "8x4")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            module = SparseLinear.from_linear(linear, tokens=4)
+    finally:
+        torch.set_default_dtype(before)
+    assert_computes(module, linear, tokens(3, 32))

@@ -24,7 +24,7 @@ def by_index(weight, layout):
     w = np.zeros((rows * height, units * width), np.int8 if integers else np.float32)
     w[:n, :k] = weight.numpy()
     w[w == 0] = 0  # -0
-    bitmap, offsets, runs, values = [], [0], [], []
+    bitmap, offsets, runs, values, positions = [], [0], [], [], []
     for row in range(rows):
         blocks = w[row * height : (row + 1) * height].reshape(height, units, width).transpose(1, 0, 2)
         for word in range(words):
@@ -32,6 +32,7 @@ def by_index(weight, layout):
             kept = (inside != 0).any((1, 2))
             bitmap.append(sum(1 << u for u in np.flatnonzero(kept).tolist()))
             values.append(inside[kept])
+            positions += [(word * 64 + u) % 256 for u in np.flatnonzero(kept).tolist()]
         runs.append(longest_run(blocks[(blocks != 0).any((1, 2))].astype(int)) if integers else 0)
         offsets.append(sum(map(len, values)))
     packed = np.array(bitmap, np.uint64).tobytes() + np.array(offsets, np.uint32).tobytes()
@@ -39,7 +40,8 @@ def by_index(weight, layout):
         sums = np.zeros(-(-n // 16) * 16, np.int32)
         sums[:n] = w[:n].sum(1, dtype=np.int64)
         packed += sums.tobytes() + bytes(runs)
-    packed += bytes(-len(packed) % 64) + b"".join(v.tobytes() for v in values) + bytes(64)
+    packed += bytes(-len(packed) % 64) + b"".join(v.tobytes() for v in values)
+    packed += bytes(positions if height == 1 else []) + bytes(64)
     return torch.from_numpy(np.frombuffer(packed, np.int8).copy())
 
 
