@@ -36,8 +36,9 @@ ROUND_SECONDS = 0.004
 BUSY = 3.0
 #: Likewise where other processes took this part of the processors meanwhile.
 OTHERS = 0.2
-#: On a busy machine, times so far above the model of costs are those of a scheduler: the model is taken instead.
+#: On a busy machine, times so far above the model of costs and a call are those of a scheduler; the model is taken.
 IMPLAUSIBLE = 8.0
+CALL_SECONDS = 5e-5
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def choose(
         source = "measured on a busy machine" if busy else "measured"
         if not busy:
             _write({key: seconds})
-        elif any(seconds[name] > IMPLAUSIBLE * value for name, value in _model(weight, kernels, tokens).items()):
+        elif _implausible(seconds, _model(weight, kernels, tokens)):
             seconds, source = _model(weight, kernels, tokens), "model: the machine is too busy to measure"
     best = min(kernels, key=lambda kernel: seconds[kernel.layout] * (MARGIN if kernel.layout == DENSE else 1))
     return Choice(best, tokens, seconds, source)
@@ -204,6 +205,10 @@ def model_seconds(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> fl
 
 def _model(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int) -> dict[str, float]:
     return {kernel.layout: model_seconds(weight, kernel, tokens) for kernel in kernels}
+
+
+def _implausible(seconds: dict[str, float], model: dict[str, float]) -> bool:
+    return any(seconds[layout] > IMPLAUSIBLE * (value + CALL_SECONDS) for layout, value in model.items())
 
 
 def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dtype: torch.dtype) -> str:

@@ -73,10 +73,11 @@ bool all_finite(const float* x, int64_t n) {
   return largest < 0x7f800000u;
 }
 
-// Rows m0 … of x in units, followed by zeros to the end of the last word.
+// Rows m0 … of x in units, followed by zeros to the end of the last segment: what a vector of positions holds past a
+// block row's end meets weights of zero there, which make zeros of numbers only.
 void prepare_rows(const Plan& plan, const Workspace& work, int64_t m0, int64_t rows) {
   const SparseLinearArgs& args = plan.args;
-  const int64_t padded = plan.layout.words * kWordUnits;
+  const int64_t padded = round_up(plan.layout.units, kSegmentUnits);
   for (int64_t r = 0; r < rows; ++r) {
     const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
     uint32_t* row = work.rows + r * plan.row_stride;
