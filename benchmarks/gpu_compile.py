@@ -36,8 +36,8 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch with certain arguments. `launch` is called with an architecture, 80, 89 or 90. `kernel`: the one that the
-    variant is there for; the others of the launch are compiled too, but reported once."""
+    """A launch with certain arguments. `launch` is called with an architecture, 80, 89 or 90. `kernel`: the one that
+    the variant is there for; the others of the launch are compiled too."""
 
     name: str
     kernel: str
