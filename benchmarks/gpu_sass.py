@@ -57,13 +57,14 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a kernel takes: registers a thread, bytes of stack a thread, of static shared memory, and instructions that
-    spill registers."""
+    """What a kernel takes: registers a thread, bytes of stack a thread, of static shared memory, instructions that
+    spill registers, and the most threads that its launch bounds allow, if it has any."""
 
     registers: int
     stack: int
     static_shared: int
     spills: int
+    threads: int | None
     hot: Loop | None
 
 
@@ -81,14 +82,21 @@ def inspect(cubin: bytes) -> dict[str, Machine]:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
+        attributes = _tool("cuobjdump", "-elf", file.name)
     sections = re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:]
     texts = {re.match(r"[^,\s]+", s)[0]: s for s in sections}  # type: ignore[index]
+    threads = {}
+    for info in re.split(r"^\.nv\.info\.", attributes, flags=re.M)[1:]:
+        if bound := re.search(r"EIATTR_MAX_THREADS\s.*?Value:\s*0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)", info, re.S):
+            threads[info.split()[0]] = int(bound[1], 16) * int(bound[2], 16) * int(bound[3], 16)
     found = {}
     for name, line in re.findall(r"Function (\S+?):\s*\n?\s*(REG:.*)", usage):
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
         opcodes, loops = parse(texts[name])
         spills = sum(o.startswith(CATEGORIES["spill"]) for o in opcodes)
-        found[name] = Machine(used["REG"], used["STACK"], used["SHARED"], spills, hottest(opcodes, loops))
+        found[name] = Machine(
+            used["REG"], used["STACK"], used["SHARED"], spills, threads.get(name), hottest(opcodes, loops)
+        )
     return found
 
 

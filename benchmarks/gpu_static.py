@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_nvcc
 from gpu_bounds import PROBLEMS, Step
-from gpu_machine import GPUS, SHARED_RESERVED, occupancy
+from gpu_machine import GPUS, SHARED_RESERVED, WARP, occupancy
 from gpu_sass import Machine, inspect
 
 BASELINE = Path(__file__).with_suffix(".json")
@@ -66,6 +67,21 @@ def kernels_of_triton(names: Iterable[str], architectures: Iterable[int]) -> dic
             (machine,) = inspect(kernel.cubin).values()
             of_this[name] = described(machine, architecture, kernel.warps, kernel.shared, kernel.blocks)
     return found
+
+
+def kernels_of_nvcc(architectures: Iterable[int], folder: Path = gpu_nvcc.CUDA) -> dict[str, dict[str, Any]]:
+    """{"sm_80": {"cuda <kernel>": entry}}; nothing where there is no source or no nvcc. What a launch asks for is not
+    in the code: the warps are those of the launch bounds, and its shared memory is not counted."""
+    found: dict[str, dict[str, Any]] = {}
+    for source in gpu_nvcc.sources(folder) if gpu_nvcc.nvcc() else ():
+        for architecture in architectures:
+            machines = inspect(gpu_nvcc.compile_source(source, architecture))
+            names = gpu_nvcc.readable(list(machines)) if machines else []
+            for name, machine in zip(names, machines.values(), strict=True):
+                warps = -(-(machine.threads or 1024) // WARP)
+                entry = described(machine, architecture, warps, 0, {})
+                found.setdefault(f"sm_{architecture}", {})[f"cuda {name}"] = entry
+    return {key: dict(sorted(entries.items())) for key, entries in found.items()}
 
 
 def bounds(kernels: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -121,7 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help="with the file; write nothing")
     parser.add_argument("--print", action="store_true", help="the JSON; write nothing")
     options = parser.parse_args(arguments)
-    kernels = kernels_of_triton(options.variant or VARIANTS, options.architecture or ARCHITECTURES)
+    architectures = options.architecture or ARCHITECTURES
+    kernels = kernels_of_triton(options.variant or VARIANTS, architectures)
+    if not options.variant:
+        for key, entries in kernels_of_nvcc(architectures).items():
+            kernels[key] |= entries
     if options.compare:
         problems = worse(json.loads(BASELINE.read_text())["kernels"], kernels)
         print("\n".join(problems) or f"nothing got worse, of {sum(map(len, kernels.values()))} kernels")
