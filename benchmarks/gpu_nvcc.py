@@ -45,7 +45,7 @@ def readable(names: list[str]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    name = re.sub(r"\((?:anonymous namespace|\w+)\)", "", name.removeprefix("void "))
+    name = re.sub(r"\(anonymous namespace\)::|\(\w+\)", "", name.removeprefix("void "))
     depth = 0
     for at, character in enumerate(name):
         depth += {"<": 1, ">": -1}.get(character, 0)
