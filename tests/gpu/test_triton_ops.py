@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent / "ops"))
 import cases  # noqa: E402
 import oracle  # noqa: E402
 from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from tcompress import backend, explain, nn, ops, use_backend  # noqa: E402
 from tcompress.nn.quantized_linear import multi_linear  # noqa: E402
@@ -31,6 +32,20 @@ def _forced():
 
 def outputs(result):
     return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def attention_samples():
+    """Options that the Triton kernel has; `cases` has 12 bits, windows and softcaps."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, s, d, generator=generator) for h, s, d in ((4, 7, 10), (2, 70, 10), (2, 70, 5)))
+    keep = (torch.randn(1, 4, 1, 70, generator=generator) > 0).expand(2, 4, 7, 70)
+    yield (q.half(), k.half(), v.half(), None, 8, False, -1, -1, 0.0, 0.3, False)
+    yield (q.bfloat16(), k.bfloat16(), v.bfloat16(), keep, 8, True, -1, 0, 0.0, -0.3, True)
+    yield (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), None, 8, False, -1, 0, 0.0, 0.3, True)
+
+
+def samples(op):
+    return (*attention_samples(),) if op == "quantized_attention" else cases.SAMPLES[op]
 
 
 def in_storage_layout(op, arguments):
@@ -84,9 +99,10 @@ def test_samples_agree_with_the_reference(op, i):
 @pytest.mark.parametrize("op", KERNELS)
 def test_opcheck(op):
     """Schema, fake and autograd of `tcompress_triton::<op>`; torch runs the kernel and compares with the fake."""
-    samples = [in_storage_layout(op, a) for a in cases.SAMPLES[op]]
-    supported = next(a for a in samples if KERNELS[op].unsupported(*a) is None and a[0].numel())
-    torch.library.opcheck(getattr(torch.ops.tcompress_triton, op).default, supported)
+    arguments = [in_storage_layout(op, a) for a in samples(op)]
+    supported = [a for a in arguments if KERNELS[op].unsupported(*a) is None and a[0].numel()]
+    for some in supported[:2]:
+        torch.library.opcheck(getattr(torch.ops.tcompress_triton, op).default, some)
 
 
 @pytest.mark.parametrize("scheme", [(8, True), (7, False), (4, True), (3, False)])
@@ -127,6 +143,27 @@ def test_attention_is_as_far_from_the_truth_as_the_reference(options):
     assert ((got[0] - expected).abs().sum() / expected.abs().sum()).item() <= 0.025
     if len(got) == 2:
         assert got[1].shape == (1, 4, 70)
+
+
+def on_meta(argument):
+    if isinstance(argument, list):
+        return [on_meta(a) for a in argument]
+    return argument.to("meta") if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_nothing_before_or_after_a_launch_looks_at_data(op, monkeypatch):
+    """So that a CUDA graph can hold it: on tensors without data. Launches are left out."""
+    launched = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **options: launched.append(self))
+    for arguments in samples(op):
+        arguments = in_storage_layout(op, arguments)
+        if KERNELS[op].unsupported(*arguments) is None:
+            with torch.device("meta"):  # a default device may be the GPU: no scalar may be made there and read
+                fake = OPS[op].fake(*(on_meta(a) for a in arguments))
+                got = KERNELS[op].run(*(on_meta(a) for a in arguments))
+            assert [a.shape for a in outputs(got)] == [a.shape for a in outputs(fake)]
+    assert launched
 
 
 # ---- choice ---------------------------------------------------------------------------------------------------------
