@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, the package `tcompress.kernels`. No op calls them yet: on a GPU the references run."""
+"""GPU kernels in Triton, the package `tcompress.kernels`; `tcompress.ops` runs them on CUDA tensors."""

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from tcompress.nn.float_attention import float_attention
 from tcompress.nn.int8_attention import Int8Attention
+from tcompress.ops.float_attention import float_attention
 from tcompress.ops.quantized_attention import quantized_attention
 
 

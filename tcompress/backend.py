@@ -4,6 +4,9 @@ Python picks the *backend* (`reference`, `cpu`, `triton`, `cuda`); the C++ exten
 (`scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx`; on ARM `neon`). Both can be forced, by `use_backend` and
 `use_cpu_path` or by the environment (`TCOMPRESS_BACKEND`, `TCOMPRESS_CPU_PATH`), and `explain` says why one was taken.
 A forced backend that cannot run raises. The automatic choice skips a kernel only for a reason that the kernel declared.
+
+Compiled kernels are `tcompress::<op>` under the dispatch key of their device; a Triton kernel, which may share a device
+with them, is an op of its own, `tcompress_triton::<op>`, with the same schema and fake.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -38,6 +41,15 @@ class Candidate:
     reason: str
 
 
+class Resolved(NamedTuple):
+    """What a public function runs on its arguments: an op with the arguments of its schema. Or, where `instead` says
+    why, something else than an op, which `op` names."""
+
+    op: str
+    args: tuple[Any, ...]
+    instead: str = ""
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` returns; `str()` gives a table."""
@@ -56,7 +68,7 @@ class Explanation:
 
 _kernels: dict[str, dict[str, Unsupported]] = {}
 _references: dict[str, Callable[..., Any]] = {}
-_stand_ins: dict[str, Callable[..., str | None]] = {}
+_resolvers: dict[str, Callable[..., Resolved]] = {}
 _forced: str | None = None
 _warned = False
 
@@ -80,9 +92,10 @@ def register_reference(op: str, reference: Callable[..., Any]) -> None:
     _references[op] = reference
 
 
-def register_stand_in(op: str, stand_in: Callable[..., str | None]) -> None:
-    """Declares that the public function `op` may run another op: `stand_in`, called with its arguments, names it."""
-    _stand_ins[op] = stand_in
+def register_resolver(op: str, resolve: Callable[..., Resolved]) -> None:
+    """Declares that the public function `op` has other arguments than the op, or may run another one: `resolve`, called
+    with its arguments, says which. It is asked by `explain` alone."""
+    _resolvers[op] = resolve
 
 
 def kernels(op: str) -> tuple[str, ...]:
@@ -97,6 +110,11 @@ def _checked_backend(name: str | None, where: str) -> str | None:
 
 
 _forced = _checked_backend(os.environ.get("TCOMPRESS_BACKEND") or None, "TCOMPRESS_BACKEND")
+
+
+def forced() -> str | None:
+    """The backend that is forced, or None."""
+    return _forced
 
 
 @contextmanager
@@ -182,9 +200,10 @@ def _warn_once(op: str) -> None:
 
 def call(op: str, *args: Any) -> Any:
     """Runs `op` on the selected backend. Arguments are positional, in the order of the schema."""
-    if select(op, *args) == "reference":
+    chosen = select(op, *args)
+    if chosen == "reference":
         return _Reference.apply(op, *args)
-    run = _dispatched(op)
+    run = _dispatched(op, chosen)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return run(*args)
     with _below_autograd():  # torch would find in Python, in seven microseconds, that no_grad wants no gradient
@@ -193,16 +212,17 @@ def call(op: str, *args: Any) -> Any:
 
 def call_in_place(op: str, *args: Any) -> None:
     """`call` for an op that changes its arguments, which take no part in a gradient."""
-    if select(op, *args) == "reference":
+    chosen = select(op, *args)
+    if chosen == "reference":
         _references[op](*args)
     else:
-        _dispatched(op)(*args)
+        _dispatched(op, chosen)(*args)
 
 
 @cache
-def _dispatched(op: str) -> Callable[..., Any]:
+def _dispatched(op: str, backend: str) -> Callable[..., Any]:
     """torch's callable for an op; looking it up takes longer than a small op."""
-    return getattr(torch.ops.tcompress, op).default
+    return getattr(torch.ops.tcompress_triton if backend == "triton" else torch.ops.tcompress, op).default
 
 
 class _Reference(torch.autograd.Function):
@@ -250,8 +270,11 @@ def explain(op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs
     name = op if isinstance(op, str) else op.__name__
     if name not in _references:
         raise ValueError(message("explain", "op", repr(name), f"one of {sorted(_references)}"))
-    if name in _stand_ins:
-        name = _stand_ins[name](*args, **kwargs) or name
+    if name in _resolvers:
+        resolved = _resolvers[name](*args, **kwargs)
+        if resolved.instead:
+            return _explain_instead(name, resolved)
+        name, args, kwargs = resolved.op, resolved.args, {}
     chosen = select(name, *args, **kwargs)
     candidates: list[Candidate] = []
     for backend in BACKENDS:
@@ -270,6 +293,16 @@ def explain(op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs
             candidates += _explain_paths(_extension.C)
     path = cpu_path() if chosen == "cpu" else None
     return Explanation(name, chosen, path, tuple(candidates))
+
+
+def _explain_instead(name: str, resolved: Resolved) -> Explanation:
+    """Of a public function that runs no op: what it runs, and the kernels that it has."""
+    chosen = Candidate(resolved.op, True, f"chosen: {resolved.instead}")
+    others = [
+        Candidate(b, False, _kernels[name][b](*resolved.args) or "passed over: slower where measured")
+        for b in kernels(name)
+    ]
+    return Explanation(name, resolved.op, None, (chosen, *others))
 
 
 def _explain_paths(extension: Any) -> Iterator[Candidate]:

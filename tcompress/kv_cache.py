@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from tcompress.errors import message
+from tcompress.ops.attention_options import MAX_HEAD_DIM, Causal, Window
 from tcompress.ops.kv_cache_append import kv_cache_append
 from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import check_float
-from tcompress.ops.quantized_attention import MAX_HEAD_DIM, Causal, Window
 from tcompress.packing import kv_cache as layout
 
 #: k_data, k_scale, v_data, v_scale, k_mean, in the order in which the ops take them.

@@ -12,8 +12,8 @@ from tcompress.integrations.attention_modules import CHILD, interface_modules
 from tcompress.match import Skip, any_matches, ignored
 from tcompress.nn import Int8Attention, Int8MultiheadAttention, MultiHeadAttention
 from tcompress.nn.int8_multihead_attention import why_not_convertible
+from tcompress.ops.attention_options import MAX_HEAD_DIM
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
-from tcompress.ops.quantized_attention import MAX_HEAD_DIM
 from tcompress.recipe import Quantize, Recipe
 
 Kind = Literal["torch", "tcompress", "transformers"]

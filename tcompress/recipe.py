@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from tcompress.errors import message
-from tcompress.ops.quantized_attention import auto_bits
+from tcompress.ops.attention_options import auto_bits
 from tcompress.packing import Pattern
 from tcompress.quantize.scheme import Scheme
 

@@ -34,7 +34,7 @@ def dummy_op(monkeypatch):
 def test_cpu_is_chosen_on_the_cpu_and_the_reference_elsewhere():
     assert backend.select("int8_linear", X, WEIGHT, SCALE) == "cpu"
     assert backend.select("int8_linear", X.to("meta"), WEIGHT.to("meta"), SCALE.to("meta")) == "reference"
-    assert backend.kernels("int8_linear") == ("cpu",)
+    assert backend.kernels("int8_linear") == ("triton", "cpu")
     assert backend.kernels("unheard_of") == ()
 
 
@@ -85,7 +85,8 @@ def test_forced_reference_gives_the_same_integers_and_runs_no_kernel():
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_forced_backend_that_cannot_run_raises_the_reason(name):
+def test_forced_backend_that_cannot_run_raises_the_reason(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it Triton would run on the CPU
     calls = (integers, lambda: ops.quantize_per_token(X), lambda: ops.int8_prepack(WEIGHT))
     with use_backend(name):
         for call in calls:
@@ -159,7 +160,8 @@ def test_path_is_restored():
 # ---- explain --------------------------------------------------------------------------------------------------------
 
 
-def test_explain_lists_every_candidate():
+def test_explain_lists_every_candidate(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     explanation = explain(ops.int8_linear, X, WEIGHT, SCALE)
     assert (explanation.op, explanation.backend, explanation.path) == ("int8_linear", "cpu", USABLE[-1])
     assert [c.name for c in explanation.candidates if "/" not in c.name] == list(backend.BACKENDS)
@@ -167,7 +169,8 @@ def test_explain_lists_every_candidate():
     assert [c.name for c in explanation.candidates if c.chosen] == ["cpu", f"cpu/{USABLE[-1]}"]
     reasons = {c.name: c.reason for c in explanation.candidates}
     assert reasons["cpu"] == "chosen"
-    assert reasons["cuda"] == reasons["triton"] == "no kernel for this op yet"
+    assert reasons["cuda"] == "no kernel for this op yet"
+    assert reasons["triton"] == "the input is on cpu"
     assert reasons["reference"] == "passed over: a kernel is faster"
     assert reasons[f"cpu/{USABLE[-1]}"] == "chosen: the highest usable path"
     for path in USABLE[:-1]:

@@ -14,7 +14,7 @@ import yaml
 
 import tcompress
 from tcompress.nn import QuantizedLinear
-from tcompress.ops.quantized_attention import auto_bits
+from tcompress.ops.attention_options import auto_bits
 from tcompress.recipe import Recipe
 
 README = Path(__file__).parent.parent / "README.md"

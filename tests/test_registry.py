@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tcompress.kernels.triton.bindings import KERNELS
 
 import tcompress.ops
 from tcompress import backend
@@ -52,9 +53,23 @@ def test_op_has_its_tests(op: Op):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_every_kernel_is_reached(op: str):
-    assert backend.kernels(op) == ("cpu",)
+    expected = ("triton", "cpu") if op in KERNELS else ("cpu",)
+    assert backend.kernels(op) == expected
     keys = torch._C._dispatch_dump(f"tcompress::{op}")
     assert re.search(r"^CPU:", keys, flags=re.M), "the extension has no kernel for it"
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_triton_kernel_is_complete(op: str):
+    schema = getattr(torch.ops.tcompress_triton, op).default._schema
+    assert str(schema) == str(getattr(torch.ops.tcompress, op).default._schema).replace("tcompress", "tcompress_triton")
+    names = [a.name for a in schema.arguments]
+    run, unsupported = KERNELS[op]
+    assert list(inspect.signature(run).parameters) == names
+    parameters = inspect.signature(unsupported).parameters.values()
+    leading = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert leading == names[: len(leading)]
+    assert f'"{op}"' in (ROOT / "tests" / "gpu" / "test_triton_ops.py").read_text(), "compared with the reference"
 
 
 def test_torch_stays_out_of_the_kernels():

@@ -31,7 +31,6 @@ from .attention_tiles import Tiles, tiles
 from .numbers import capability
 
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_HEAD = 256
 
 
 # Addresses do not depend on the divisibility of these: one compilation serves all lengths.
@@ -98,31 +97,6 @@ def attend(
         shift = tl.load(SHIFT + padded)
         lse = (top + tl.math.log2(total)) * LN_2 + scale * shift
         tl.store(LSE + bh.to(tl.int64) * sq + rows, tl.where(empty, float("-inf"), lse), mask=inside)
-
-
-def unsupported(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    bits: int,
-    bottom_right: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    scale: float,
-    return_lse: bool,
-) -> str | None:
-    """Why this kernel cannot take the arguments of `quantized_attention`, or None."""
-    if bits != 8:
-        return f"bits={bits}: the Triton kernel has 8"
-    if left >= 0 or right > 0:
-        return "the Triton kernel has no window"
-    if softcap:
-        return "the Triton kernel has no softcap"
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD:
-        return f"a head of more than {MAX_HEAD}"
-    return None
 
 
 def attention(

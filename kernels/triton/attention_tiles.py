@@ -31,9 +31,13 @@ _HOPPER_64 = Tiles(128, 128, 4, 3)
 _HOPPER_128 = Tiles(128, 64, 8, 3, registers=128)
 _HOPPER_256 = Tiles(128, 64, 8, 2)
 
-# Not measured, chosen so that nothing spills. Others than Hopper: shared memory of 99 KiB (8.6, 8.9) suffices. With a
-# mask tensor, a tile of it is in flight and in registers too.
-_ANY = Tiles(64, 64, 4, 2)
+# Not measured, chosen by what the compiled loop issues (docs/gpu.md), without spills. Others than Hopper: shared
+# memory of 99 KiB (8.6, 8.9) suffices. A tile should have as many rows as keys, and as the head has channels: only then
+# does Triton give each warp rows of its own in both products; else warps exchange P through shared memory, a third of
+# the loop for 64 rows and a head of 128. With a mask tensor, a tile of it is in flight and in registers too.
+_ANY_SHORT = Tiles(64, 64, 4, 2)
+_ANY_64 = Tiles(128, 128, 8, 2)
+_ANY_128 = Tiles(128, 64, 8, 2)
 _ANY_256 = Tiles(64, 32, 8, 2)
 _MASK_64 = Tiles(64, 32, 4, 2)
 _MASK = Tiles(64, 32, 8, 2)
@@ -45,7 +49,11 @@ def tiles(capability: int, head: int, sq: int, masked: bool) -> Tiles:
     if masked:
         return _MASK_64 if head <= 64 else _MASK
     if not hopper:
-        return _ANY if head <= 128 else _ANY_256
+        if head <= 64:
+            return _ANY_SHORT if sq <= SHORT else _ANY_64
+        if head <= 128:
+            return _ANY_SHORT if sq <= 64 else _ANY_128
+        return _ANY_256
     if head <= 64:
         return _HOPPER_64_SHORT if sq <= SHORT else _HOPPER_64
     if head <= 128:

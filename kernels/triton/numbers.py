@@ -6,6 +6,7 @@ once where the definition rounds twice, and the integer of a tie would differ.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +22,8 @@ BIAS_BITS = tl.constexpr(0x4B400000)
 def steps(bits: int, symmetric: bool) -> tuple[int, float, float]:
     """(q_max, 1 / q_max, smallest scale), the fractions as float32 rounds them."""
     q_max = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-    step = torch.ones(()) / q_max
-    return q_max, step.item(), (MIN_RANGE * step).item()
+    step = np.float32(1) / np.float32(q_max)  # not a tensor: whatever torch's mode or device is, nothing waits for it
+    return q_max, float(step), float(np.float32(MIN_RANGE) * step)
 
 
 def capability(x: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 from tcompress.errors import message
 from tcompress.integrations.transformers_attention import NAME, register
 from tcompress.nn.int8_attention import Int8Attention
-from tcompress.ops.quantized_attention import MAX_HEAD_DIM
+from tcompress.ops.attention_options import MAX_HEAD_DIM
 
 #: Name of the child that computes a module's attention.
 CHILD = "tcompress_attention"

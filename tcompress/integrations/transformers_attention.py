@@ -11,7 +11,8 @@ from tcompress.errors import message
 from tcompress.integrations.cached_tensor import CachedTensor
 from tcompress.integrations.import_hook import when_imported
 from tcompress.kv_cache import KVCache
-from tcompress.ops.quantized_attention import Causal, Window, quantized_attention
+from tcompress.ops.attention_options import Causal, Window
+from tcompress.ops.quantized_attention import quantized_attention
 
 NAME = "tcompress"
 #: Keywords that would change the result and are not computed here, with what they are.

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.nn.float_attention import float_attention
 from tcompress.ops.attention_numbers import BITS
-from tcompress.ops.quantized_attention import Bits, Causal, Window, quantized_attention
+from tcompress.ops.attention_options import Bits, Causal, Window
+from tcompress.ops.float_attention import float_attention
+from tcompress.ops.quantized_attention import quantized_attention
 
 Precision = Literal["int8", "float"]
 PRECISIONS: tuple[Precision, ...] = ("int8", "float")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tcompress.errors import message
 from tcompress.nn.int8_attention import Int8Attention, Precision
-from tcompress.ops.quantized_attention import Bits
+from tcompress.ops.attention_options import Bits
 
 _NAME = "Int8MultiheadAttention"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tcompress import _extension
+from tcompress import _extension, backend
 from tcompress.ops.int4_prepack import int4_prepack
 from tcompress.ops.int4_unpack import int4_unpack
 from tcompress.ops.int8_prepack import int8_prepack
@@ -53,8 +53,9 @@ class KernelWeight:
 
 
 def kernel_weight(packed: PackedWeight) -> KernelWeight | None:
-    """The layout for the CPU kernels, or None where they cannot run: another device, or no extension."""
-    if packed.qdata.device.type != "cpu" or _extension.C is None:
+    """The layout for the CPU kernels, or None where they do not run: another device, no extension, or a GPU backend is
+    forced. The Triton kernels read the storage layout."""
+    if packed.qdata.device.type != "cpu" or _extension.C is None or backend.forced() in ("triton", "cuda"):
         return None
     (n, k), zero_point = packed.shape, packed.zero_point
     if packed.layout == "dense":

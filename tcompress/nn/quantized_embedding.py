@@ -11,7 +11,7 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.nn.packed_module import PackedModule
-from tcompress.ops import int8_unpack
+from tcompress.ops.int8_unpack import int8_unpack
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme

@@ -11,8 +11,10 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.nn.kernel_layout import KernelWeight
 from tcompress.nn.packed_module import PackedModule
-from tcompress.ops import int4_linear, int4_multi_linear, int8_multi_linear
+from tcompress.ops.int4_linear import int4_linear
+from tcompress.ops.int4_multi_linear import int4_multi_linear
 from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
+from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
 from tcompress.packing import PackedWeight
 from tcompress.quantize.rtn import round_to_nearest

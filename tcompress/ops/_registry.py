@@ -50,15 +50,20 @@ def define(op: Op) -> Op:
     _library.define(op.name + op.schema)
     _library.impl(op.name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tcompress::{op.name}", op.fake, lib=_library)
+    differentiates_not(op, "tcompress", _library)
+    backend.register_reference(op.name, op.reference)
+    OPS[op.name] = op
+    return op
+
+
+def differentiates_not(op: Op, namespace: str, library: torch.library.Library) -> None:
+    """Registers the error on backward."""
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(backend.no_backward(op.name))
 
     if not op.mutates:  # torch differentiates functional ops only
-        torch.library.register_autograd(f"tcompress::{op.name}", backward, lib=_library)
-    backend.register_reference(op.name, op.reference)
-    OPS[op.name] = op
-    return op
+        torch.library.register_autograd(f"{namespace}::{op.name}", backward, lib=library)
 
 
 def cpu_unsupported(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:

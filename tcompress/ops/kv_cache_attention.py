@@ -9,18 +9,11 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops.attention_options import MAX_HEAD_DIM, Causal, Window, check_groups, checked_options, expanded_mask
 from tcompress.ops.attention_reference import KeysAndValues, Visible, attend
 from tcompress.ops.kv_cache_append import BITS, check_cache
 from tcompress.ops.quantize_per_token import check_float
-from tcompress.ops.quantized_attention import (
-    MAX_HEAD_DIM,
-    Causal,
-    Window,
-    check_groups,
-    checked_options,
-    expanded_mask,
-    heads_last,
-)
+from tcompress.ops.quantized_attention import heads_last
 from tcompress.packing import kv_cache as layout
 
 

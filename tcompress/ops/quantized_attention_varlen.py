@@ -10,7 +10,7 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.quantized_attention import Bits, Causal, Window, check_heads, checked_options
+from tcompress.ops.attention_options import Bits, Causal, Window, check_heads, checked_options
 from tcompress.ops.quantized_attention import reference as dense_reference
 
 

@@ -10,7 +10,8 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.quantized_attention import MAX_SHORT_KEYS, check_heads, checked_options, heads_last, keys_of_first
+from tcompress.ops.attention_options import MAX_SHORT_KEYS, check_heads, checked_options, keys_of_first
+from tcompress.ops.quantized_attention import heads_last
 
 
 def short_attention(

@@ -11,7 +11,7 @@ import triton_cases
 triton_cases.require()
 
 from tcompress.kernels.triton import attention_prepare  # noqa: E402
-from tcompress.kernels.triton.attention import attention, unsupported  # noqa: E402
+from tcompress.kernels.triton.attention import attention  # noqa: E402
 from tcompress.kernels.triton.attention_tiles import Tiles, tiles  # noqa: E402
 
 from tcompress.ops.attention_numbers import quantize_tokens  # noqa: E402
@@ -184,15 +184,6 @@ def test_no_keys():
     out, lse = attention(q, k, k, return_lse=True)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
-
-
-def test_unsupported_says_why():
-    x = torch.zeros(1, 1, 4, 32)
-    fine = {"bits": 8, "bottom_right": False, "left": -1, "right": 0, "softcap": 0.0, "scale": 1.0, "return_lse": False}
-    assert unsupported(x, x, x, None, **fine) is None
-    assert "bits" in unsupported(x, x, x, None, **fine | {"bits": 12})
-    assert "window" in unsupported(x, x, x, None, **fine | {"left": 3})
-    assert "softcap" in unsupported(x, x, x, None, **fine | {"softcap": 5.0})
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])

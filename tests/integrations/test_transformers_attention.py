@@ -256,7 +256,7 @@ def _run(model: Any, inputs: dict[str, torch.Tensor], implementation: str) -> to
 )
 def test_models(factory, padded, monkeypatch):
     # What is computed in float32 could not be told from the eager attention.
-    monkeypatch.setattr(sys.modules["tcompress.ops.quantized_attention"], "MAX_SHORT_PAIRS", -1)
+    monkeypatch.setattr("tcompress.ops.attention_options.MAX_SHORT_PAIRS", -1)
     model, inputs = tiny.made(factory), _inputs(factory, padded)
     if padded and "attention_mask" not in inputs:
         pytest.skip("nothing to pad")

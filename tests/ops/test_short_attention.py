@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tcompress import explain, ops, use_backend, use_cpu_path
 from tcompress.ops._registry import OPS
-from tcompress.ops.quantized_attention import MAX_SHORT_KEYS, MAX_SHORT_PAIRS, is_short
+from tcompress.ops.attention_options import MAX_SHORT_KEYS, MAX_SHORT_PAIRS, is_short
 
 OP = OPS["short_attention"]
 SHAPES = (

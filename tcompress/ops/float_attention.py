@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tcompress.errors import message
+from tcompress.ops.attention_options import Causal, Window, check_groups, checked_options
 from tcompress.ops.attention_reference import Visible
-from tcompress.ops.quantized_attention import Causal, Window, check_groups, checked_options
 
 _OP = "float_attention"
 
