@@ -35,8 +35,12 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
-    kernel<<<dim3(grid.x, grid.y, grid.z), dim3(threads), shared_bytes, stream> > >(arguments...);
-    error = cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid.x, grid.y, grid.z);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": launch: " + cudaGetErrorString(error));
 }

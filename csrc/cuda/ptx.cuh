@@ -31,6 +31,13 @@ TC_PTX T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kAllLanes, value, lane_mask);
 }
 
+// blockIdx.x, read again: what is computed from it does not have to live in registers until then.
+TC_PTX unsigned block_anew() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(x));
+  return x;
+}
+
 TC_PTX bool any(bool predicate) { return __any_sync(kAllLanes, predicate); }
 
 // ---- memory

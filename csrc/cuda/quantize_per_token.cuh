@@ -56,8 +56,7 @@ __device__ __forceinline__ void load_row(const QuantizeArgs& args, int64_t row, 
     x[i] = first + i < args.k ? load_element(args.x, args.type, row * args.k + first + i) : 0.f;
 }
 
-inline __global__ void __launch_bounds__(kRowThreads)
-    quantize_per_token_kernel(const __grid_constant__ QuantizeArgs args) {
+__global__ void __launch_bounds__(kRowThreads) quantize_per_token_kernel(const __grid_constant__ QuantizeArgs args) {
   const int64_t row = blockIdx.x;
   const bool vectors = args.k % kVector == 0 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0;
   const int64_t end = TC_PLANTED(kOffByOne) ? args.k - 1 : args.k;
@@ -110,7 +109,7 @@ inline __global__ void __launch_bounds__(kRowThreads)
   for (int64_t i = args.k + threadIdx.x; i < args.ldq; i += kRowThreads) out[i] = 0;
 }
 
-inline __global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads)
     row_sums_kernel(const int8_t* weight, int64_t k, int64_t stride, int32_t* sums) {
   const int8_t* row = weight + static_cast<int64_t>(blockIdx.x) * stride;
   int32_t sum = 0;
@@ -119,7 +118,7 @@ inline __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-inline __global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads)
     pad_rows_kernel(const int8_t* from, int64_t k, int8_t* to, int64_t stride) {
   const int64_t row = blockIdx.x;
   for (int64_t i = threadIdx.x; i < stride; i += kRowThreads) to[row * stride + i] = i < k ? from[row * k + i] : 0;

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,34 @@ class Guarded:
         return self.tensor.clone()
 
 
+@dataclass(frozen=True)
+class Attention:
+    """Results, and what the kernels before left in the workspace."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    workspace: torch.Tensor
+    offsets: list[int]
+    heads: tuple[int, int, int]
+
+    def _part(self, index: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        count = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+        return self.workspace[self.offsets[index] :][:count].view(dtype).view(*shape)
+
+    def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers [B, H, Sqp, D] and scales [B, H, Sqp], padded."""
+        b, h, _ = self.heads
+        sqp, d = self.offsets[0], self.offsets[8]
+        return self._part(2, torch.int8, b, h, sqp, d), self._part(4, torch.float32, b, h, sqp)
+
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Integers [B, Hkv, Skp, D], scales [B, Hkv, Skp / 64] and mean [B, Hkv, D], padded."""
+        b, _, h = self.heads
+        skp, d = self.offsets[1], self.offsets[8]
+        integers = self._part(3, torch.int8, b, h, skp, d)
+        return integers, self._part(6, torch.float32, b, h, skp // 64), self._part(7, torch.float32, b, h, d)
+
+
 class Library:
     """Functions of one compiled library; `order` and `planted` hold until they are set again."""
 
@@ -163,6 +193,49 @@ class Library:
             multiprocessors, TILES.index(tile),
         )  # fmt: skip
         return y.check()
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        bottom_right: bool = False,
+        left: int = -1,
+        right: int = -1,
+        scale: float | None = None,
+    ) -> Attention:
+        """As the binding does it; q, k, v [B, H, S, D], the mask of shape [B, H, Sq, Skv]."""
+        b, h, sq, d = q.shape
+        kv_heads, skv, dv = k.shape[1], k.shape[2], v.shape[3]
+        shape = torch.tensor([b, h, kv_heads, sq, skv, d, dv])
+        strides = torch.tensor(
+            [s for t in (q, k, v) for s in t.stride()[:3]] + list(mask.stride() if mask is not None else (0,) * 4)
+        )
+        v_dtype = torch.float16 if v.dtype == torch.float16 else torch.bfloat16
+        if v.dtype == torch.float32 or dv % 8 or any(s % 8 for s in v.stride()[:3]) or v.data_ptr() % 16:
+            width = -(-dv // 8) * 8
+            padded = Guarded((b, kv_heads, skv, width), v_dtype)
+            self.call(
+                "pad_values", v, DTYPES.index(v.dtype), shape, strides, padded.tensor, DTYPES.index(v_dtype), width
+            )
+            v = padded.check()
+            strides[6:9] = torch.tensor(v.stride()[:3])
+        offsets = torch.zeros(9, dtype=torch.int64)
+        self._c.shim_attention_workspace.restype = ctypes.c_int64
+        size = self._c.shim_attention_workspace(pointer(shape), pointer(offsets))
+        workspace = torch.full((size + 16,), 0x77, dtype=torch.uint8)
+        workspace = workspace[-workspace.data_ptr() % 16 :][:size]
+        out, lse = Guarded((b, sq, h, dv), q.dtype), Guarded((b, h, sq), torch.float32)
+        boolean = mask is not None and mask.dtype == torch.bool
+        mask_type = 0 if mask is None or boolean else DTYPES.index(mask.dtype)
+        self.call(
+            "attention", q, k, v, mask, boolean, mask_type, DTYPES.index(q.dtype), DTYPES.index(v_dtype),
+            shape, strides, skv - sq if bottom_right else 0, left, 0 if causal else right,
+            float(d**-0.5 if scale is None else scale), out.tensor, lse.tensor, workspace,
+        )  # fmt: skip
+        return Attention(out.check().transpose(1, 2), lse.check(), workspace, offsets.tolist(), (b, h, kv_heads))
 
     def pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """int8 [N, K] to rows of a multiple of 16 bytes."""

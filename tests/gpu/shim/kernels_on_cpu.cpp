@@ -1,5 +1,6 @@
 // The kernels of csrc/cuda, emulated, behind a C interface for tests/gpu/shim_library.py.
 
+#include "attention.cuh"
 #include "int8_linear.cuh"
 #include "quantize_per_token.cuh"
 
@@ -56,6 +57,58 @@ int shim_int8_linear(const int8_t* a, const int8_t* weight, const float* scale, 
     run_int8_linear({a, weight, scale, weight_scale, zero_point, weight_sum, bias, residual, y, m, n, k, lda, ldw,
                      static_cast<DType>(y_type), static_cast<Activation>(activation), multiprocessors},
                     nullptr, static_cast<Int8Tile>(tile));
+  });
+}
+
+// shape: B, H, Hkv, Sq, Skv, D, Dv. strides: of q, k, v, three each, then the mask's four. Integers and scales stay in
+// the workspace.
+int64_t shim_attention_workspace(const int64_t* shape, int64_t* offsets) {
+  AttentionArgs args{};
+  args.batch = shape[0], args.heads = shape[1], args.kv_heads = shape[2], args.sq = shape[3], args.skv = shape[4];
+  args.d = shape[5], args.dv = shape[6];
+  const AttentionLayout l(args);
+  const int64_t all[] = {l.sqp, l.skp, l.q, l.k, l.q_scale, l.shift, l.k_scale, l.mean, padded_head(args.d, args.dv)};
+  for (size_t i = 0; i < sizeof all / sizeof *all; ++i) offsets[i] = all[i];
+  return l.bytes;
+}
+
+int shim_attention(const void* q, const void* k, const void* v, const void* mask, int mask_kind, int mask_type,
+                   int type, int v_type, const int64_t* shape, const int64_t* strides, int64_t offset, int64_t left,
+                   int64_t right, float scale, void* out, float* lse, void* workspace) {
+  return guarded([&] {
+    const auto heads = [&](const void* data, int i) {
+      return Heads{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+    };
+    AttentionArgs args{
+        heads(q, 0),
+        heads(k, 1),
+        heads(v, 2),
+        static_cast<DType>(type),
+        static_cast<DType>(v_type),
+        shape[0],
+        shape[1],
+        shape[2],
+        shape[3],
+        shape[4],
+        shape[5],
+        shape[6],
+        {mask, mask_kind == 1, static_cast<DType>(mask_type), strides[9], strides[10], strides[11], strides[12]},
+        offset,
+        left,
+        right,
+        scale,
+        out,
+        lse,
+        workspace};
+    run_attention(args, nullptr);
+  });
+}
+
+int shim_pad_values(const void* v, int type, const int64_t* shape, const int64_t* strides, void* to, int to_type,
+                    int64_t width) {
+  return guarded([&] {
+    run_pad_values({v, strides[6], strides[7], strides[8]}, static_cast<DType>(type), shape[0], shape[2], shape[4],
+                   shape[6], to, static_cast<DType>(to_type), width, nullptr);
   });
 }
 

@@ -84,6 +84,8 @@ T shuffle_xor(T value, int lane_mask) {
   });
 }
 
+inline unsigned block_anew() { return shim::block_index.x; }
+
 inline bool any(bool predicate) {
   return detail::collective<int, int>("vote.sync.any", kAllLanes, predicate, [](const int* in, int* out) {
     int any_lane = 0;
