@@ -48,7 +48,7 @@ struct AttentionTile {
   // Two of the widest would not fit into the 99 KiB of 8.6 and 8.9.
   static constexpr int kStages = kHead == 256 ? 1 : 2;
   static constexpr int kScalesAt = kQueryBytes + kStages * kStageBytes;  // of the queries
-  static constexpr int kSharedBytes = kScalesAt + kQueries * 4;
+  static constexpr int kBoundsAt = kScalesAt + kQueries * 4, kSharedBytes = kBoundsAt + 16;
 
   // Offset of a chunk in rows of kHead bytes (Q, K) or 2 kHead bytes (V). Adding eight rows, or eight chunks, leaves
   // the swizzle as it is; a lane's other chunks differ from its first in bits that an exclusive or sets. All tiles
@@ -108,10 +108,7 @@ struct AttentionWarp {
   static constexpr bool kHoldQ = kHead == 64;
 
   const AttentionArgs& args;
-  ptx::SharedPtr q_at;  // of this lane's row of the first fragment
-  int row;              // this lane's first, then row + 8, + 16, …
-  int b, h;             // for the mask
-  int lane;
+  unsigned held_thread;
   float out[kRowTiles][kValueTiles][4] = {};
   float sums[kRowTiles][4] = {};  // of P: columns alike
   float top[kRowTiles][2];
@@ -125,34 +122,43 @@ struct AttentionWarp {
       ptx::mma_f16(d, a, b0, b1);
   }
 
-  __device__ __forceinline__ void load_q(uint32_t (&q)[kRowTiles][4], int step) {
+  // Where registers are scarce the places of a thread are computed in each step from its number, read again.
+  __device__ __forceinline__ unsigned thread() const { return kHoldQ ? held_thread : ptx::thread_anew(); }
+  __device__ __forceinline__ static int warp_row(unsigned thread) { return thread / kWarpSize * kRowTiles * 16; }
+  // This lane's first row, then + 8, + 16, …
+  __device__ __forceinline__ static int row_of(unsigned thread) { return warp_row(thread) + thread % kWarpSize / 4; }
+
+  __device__ __forceinline__ void load_q(uint32_t (&q)[kRowTiles][4], int step, unsigned thread) {
+    const unsigned lane = thread % kWarpSize;
+    const ptx::SharedPtr q_at =
+        ptx::shared_base() + warp_row(thread) * kHead + Tile::template swizzled<kHead>(lane % 16, lane / 16);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) ptx::ldmatrix_x4(q[i], chunk_at(q_at, step * 2) + i * 16 * kHead);
   }
   __device__ __forceinline__ void hold_q() {
 #pragma unroll
-    for (int step = 0; step < (kHoldQ ? kSteps : 0); ++step) load_q(held[step], step);
+    for (int step = 0; step < (kHoldQ ? kSteps : 0); ++step) load_q(held[step], step, held_thread);
 #pragma unroll
     for (int i = 0; i < (kHoldQ ? kRowTiles : 0); ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) held_scale[i][half] = load_scale(i, half);
+      for (int half = 0; half < 2; ++half) held_scale[i][half] = load_scale(i, half, held_thread);
   }
-  __device__ __forceinline__ float load_scale(int i, int half) const {
-    const int first = threadIdx.x / kWarpSize * kRowTiles * 16 + lane / 4;
-    return ptx::load_shared<float>(ptx::shared_base() + Tile::kScalesAt + (first + i * 16 + half * 8) * 4);
+  __device__ __forceinline__ static float load_scale(int i, int half, unsigned thread) {
+    return ptx::load_shared<float>(ptx::shared_base() + Tile::kScalesAt + (row_of(thread) + i * 16 + half * 8) * 4);
   }
-  __device__ __forceinline__ float q_scale(int i, int half) const {
-    return kHoldQ ? held_scale[kHoldQ ? i : 0][half] : load_scale(i, half);
+  __device__ __forceinline__ float q_scale(int i, int half, unsigned thread) const {
+    return kHoldQ ? held_scale[kHoldQ ? i : 0][half] : load_scale(i, half, thread);
   }
 
   // 2.
-  __device__ __forceinline__ void scores(int32_t (&x)[kRowTiles][kKeyTiles][4], ptx::SharedPtr stage) {
+  __device__ __forceinline__ void scores(int32_t (&x)[kRowTiles][kKeyTiles][4], ptx::SharedPtr stage, unsigned thread) {
+    const unsigned lane = thread % kWarpSize;
     const ptx::SharedPtr k_at = stage + Tile::template swizzled<kHead>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const int32_t bias[4] = {kBiasBits, kBiasBits, kBiasBits, kBiasBits};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t loaded[kRowTiles][4];
-      if (!kHoldQ) load_q(loaded, step);
+      if (!kHoldQ) load_q(loaded, step, thread);
       const uint32_t (&q)[kRowTiles][4] = kHoldQ ? held[kHoldQ ? step : 0] : loaded;
 #pragma unroll
       for (int j = 0; j < kKeyTiles; j += 2) {
@@ -172,7 +178,10 @@ struct AttentionWarp {
   }
 
   // Scores in place of x: scaled, masked, as the bits of floats.
-  __device__ __forceinline__ void mask_scores(int32_t (&x)[kRowTiles][kKeyTiles][4], int first_key, float k_scale) {
+  __device__ __forceinline__ void mask_scores(int32_t (&x)[kRowTiles][kKeyTiles][4], int first_key, float k_scale,
+                                              unsigned thread) {
+    const BlockOfQueries at(args, ptx::block_anew(), Tile::kQueries);
+    const int lane = static_cast<int>(thread % kWarpSize), row = at.m0 + row_of(thread);
     const int column = lane % 4 * 2;
     const int keys = static_cast<int>(args.skv) - first_key + (TC_PLANTED(kOffByOne) ? 1 : 0);
     const int left = static_cast<int>(args.left), right = static_cast<int>(args.right);
@@ -181,13 +190,13 @@ struct AttentionWarp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int m = row + i * 16 + half * 8, position = m + static_cast<int>(args.offset) - first_key;
-        const float c = q_scale(i, half) * k_scale;
+        const float c = q_scale(i, half, thread) * k_scale;
         // the keys that it sees, counted from this lane's first
         int end = right >= 0 ? position + right + 1 : keys;
         if (TC_PLANTED(kWrongMask)) ++end;
         const int high = (end < keys ? end : keys) - column;
         const int low = left >= 0 ? position - left - column : -column;
-        const int64_t entry = b * args.mask.stride_b + h * args.mask.stride_h + m * args.mask.stride_m +
+        const int64_t entry = at.b * args.mask.stride_b + at.h * args.mask.stride_h + m * args.mask.stride_m +
                               static_cast<int64_t>(first_key + column) * args.mask.stride_n;
         const bool has_mask = kHasMask && m < args.sq;
 #pragma unroll
@@ -198,11 +207,11 @@ struct AttentionWarp {
             bool seen = key >= low && key < high;
             float s = (ptx::from_bits(static_cast<uint32_t>(x[i][j][half * 2 + e])) - kBias) * c;
             if (has_mask && seen) {
-              const int64_t at = entry + key * args.mask.stride_n;
+              const int64_t one = entry + key * args.mask.stride_n;
               if (args.mask.boolean) {
-                seen = static_cast<const uint8_t*>(args.mask.data)[at] != 0;
+                seen = static_cast<const uint8_t*>(args.mask.data)[one] != 0;
               } else {
-                const float added = load_element(args.mask.data, args.mask.type, at), scaled = added * kLog2E;
+                const float added = load_element(args.mask.data, args.mask.type, one), scaled = added * kLog2E;
                 seen = added != -INFINITY;
                 s += scaled < kLowestMask ? kLowestMask : scaled;  // NaN fails the comparison and stays
               }
@@ -214,7 +223,7 @@ struct AttentionWarp {
 
   // 3 and 4: x to the exponents' products; `top` and what belongs to it.
   template <bool kMasked>
-  __device__ __forceinline__ void raise(const int32_t (&x)[kRowTiles][kKeyTiles][4], float k_scale) {
+  __device__ __forceinline__ void raise(const int32_t (&x)[kRowTiles][kKeyTiles][4], float k_scale, unsigned thread) {
     float next[kRowTiles][2];
     bool rises = false;
 #pragma unroll
@@ -229,7 +238,7 @@ struct AttentionWarp {
             if (j + e > 0) most = ptx::maximum(most, ptx::from_bits(static_cast<uint32_t>(x[i][j][half * 2 + e])));
         most = ptx::maximum(most, ptx::shuffle_xor(most, 1));
         most = ptx::maximum(most, ptx::shuffle_xor(most, 2));
-        if (!kMasked) most = (most - kBias) * (q_scale(i, half) * k_scale);
+        if (!kMasked) most = (most - kBias) * (q_scale(i, half, thread) * k_scale);
         next[i][half] = most;
         rises |= most > top[i][half] + kRise;
       }
@@ -260,18 +269,19 @@ struct AttentionWarp {
   }
 
   template <bool kMasked>
-  __device__ __forceinline__ void step(ptx::SharedPtr stage, int block, float k_scale) {
+  __device__ __forceinline__ void step(ptx::SharedPtr stage, int block, float k_scale, unsigned thread) {
     int32_t x[kRowTiles][kKeyTiles][4];
-    scores(x, stage);
-    if (kMasked) mask_scores(x, block * kKeyBlock, k_scale);
-    raise<kMasked>(x, k_scale);
+    const unsigned lane = thread % kWarpSize;
+    scores(x, stage, thread);
+    if (kMasked) mask_scores(x, block * kKeyBlock, k_scale, thread);
+    raise<kMasked>(x, k_scale, thread);
     float c[kRowTiles][2], minus_top[kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float t = top[i][half];
-        c[i][half] = q_scale(i, half) * k_scale;
+        c[i][half] = q_scale(i, half, thread) * k_scale;
         minus_top[i][half] = kMasked ? (t == -INFINITY ? 0.f : -t) : -ptx::fused_multiply_add(kBias, c[i][half], t);
       }
     // 5.
@@ -307,6 +317,7 @@ struct AttentionWarp {
     // computed anew, so that it need not live in registers through the loops
     const BlockOfQueries block(args, ptx::block_anew(), Tile::kQueries);
     const AttentionLayout layout(args);
+    const int lane = threadIdx.x % kWarpSize, row = block.m0 + row_of(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -354,20 +365,19 @@ template <int kHead, int kRows, int kRowBytes, bool kWhole>
 struct TileCopier {
   static constexpr int kChunks = kRowBytes / 16, kPass = kAttentionThreads / kChunks;
   const char* from;
-  int64_t stride;  // bytes
-  int left;        // rows from this thread's first on; 0 beyond the width
+  int left;  // rows of the tensor from this thread's on; 0 beyond its width
 
   // From row `first` on, of `rows` of `width` bytes.
-  __device__ __forceinline__ TileCopier(const char* data, int64_t stride, int64_t first, int64_t rows, int64_t width)
-      : stride(stride) {
+  __device__ __forceinline__ TileCopier(const char* data, int64_t stride, int first, int rows, int width) {
     const int row = threadIdx.x / kChunks, byte = threadIdx.x % kChunks * 16;
     from = data + (first + row) * stride + byte;
-    left = byte < width ? static_cast<int>(rows - first) - row : 0;
+    left = byte < width ? rows - first - row : 0;
   }
 
-  // `to`: the tile and this thread's place in it.
-  __device__ __forceinline__ void copy_next(ptx::SharedPtr to) {
+  // `to`: the tile; `stride`: bytes.
+  __device__ __forceinline__ void copy_next(ptx::SharedPtr to, unsigned thread, int64_t stride) {
     const char* source = from;
+    to += AttentionTile<kHead>::template swizzled<kRowBytes>(thread / kChunks, thread % kChunks);
 #pragma unroll
     for (int p = 0; p < kRows / kPass; ++p) {
       // rows four apart, in the widest tile, differ in one bit of the swizzle
@@ -379,11 +389,6 @@ struct TileCopier {
     from += kRows * stride;
     left -= kRows;
   }
-
-  // Of this thread's chunk of its first row.
-  __device__ __forceinline__ static constexpr int place() {
-    return AttentionTile<kHead>::template swizzled<kRowBytes>(threadIdx.x / kChunks, threadIdx.x % kChunks);
-  }
 };
 
 template <int kHead, bool kBFloat16, bool kHasMask>
@@ -391,51 +396,50 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   using Tile = AttentionTile<kHead>;
   const AttentionLayout layout(args);
   const BlockOfQueries at(args, blockIdx.x, Tile::kQueries);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const KeySteps steps(args, at.m0, Tile::kQueries, !kHasMask);
   const ptx::SharedPtr q_at = ptx::shared_base(), stages = q_at + Tile::kQueryBytes;
   const int64_t q_row = at.bh * layout.sqp + at.m0;
   const char* k = part<char>(args.workspace, layout.k) + at.kv * layout.skp * kHead;
-  const float* k_scale = part<float>(args.workspace, layout.k_scale) + at.kv * (layout.skp / kKeyBlock);
+  const float* k_scale = part<float>(args.workspace, layout.k_scale) + at.kv * (layout.skp / kKeyBlock) + steps.first;
   const char* v =
       element_at(args.v.data, args.v_type, at.b * args.v.stride_b + (at.kv - at.b * args.kv_heads) * args.v.stride_h);
-  const KeySteps steps(args, at.m0, Tile::kQueries, !kHasMask);
 
-  TileCopier<kHead, kKeyBlock, kHead, true> keys(k, kHead, steps.first * kKeyBlock, layout.skp, kHead);
-  TileCopier<kHead, kKeyBlock, 2 * kHead, false> values(v, args.v.stride_s * 2, steps.first * kKeyBlock, args.skv,
-                                                        args.dv * 2);
-  const ptx::SharedPtr keys_to = stages + keys.place(), values_to = stages + Tile::kKeyBytes + values.place();
-  const auto copy_block = [&](int block) {
-    if (block < steps.last) {
-      const int stage = block % Tile::kStages * Tile::kStageBytes;
-      keys.copy_next(keys_to + stage);
-      values.copy_next(values_to + stage);
-    }
+  const int skv = static_cast<int>(args.skv), dv = static_cast<int>(args.dv);
+  TileCopier<kHead, kKeyBlock, kHead, true> keys(k, kHead, steps.first * kKeyBlock, skv, kHead);
+  TileCopier<kHead, kKeyBlock, 2 * kHead, false> values(v, args.v.stride_s * 2, steps.first * kKeyBlock, skv, 2 * dv);
+  // The bounds of the loops wait in shared memory: the registers are full.
+  const ptx::SharedPtr bounds = q_at + Tile::kBoundsAt;
+  if (threadIdx.x == 0) {
+    ptx::store_shared(bounds, steps.plain_first);
+    ptx::store_shared(bounds + 4, steps.plain_last);
+    ptx::store_shared(bounds + 8, steps.last);
+  }
+  const auto plain_first = [&] { return ptx::load_shared<int>(bounds); };
+  const auto plain_last = [&] { return ptx::load_shared<int>(bounds + 4); };
+  const auto last = [&] { return ptx::load_shared<int>(bounds + 8); };
+  const auto copy_block = [&](int block, unsigned thread) {
+    const ptx::SharedPtr stage = stages + static_cast<unsigned>(block) % Tile::kStages * Tile::kStageBytes;
+    keys.copy_next(stage, thread, kHead);
+    values.copy_next(stage + Tile::kKeyBytes, thread, ptx::opaque(args.v.stride_s) * 2);
     ptx::cp_async_commit();
   };
-  const auto arrive = [&](int block) {
+  const auto arrive = [&](int block, unsigned thread) {
     if (Tile::kStages == 1 && block > steps.first) {
       ptx::barrier();  // all warps have left the only stage
-      copy_block(block);
+      copy_block(block, thread);
     }
     if (!TC_PLANTED(kUnwaitedCopy)) ptx::cp_async_wait<0>();
     if (!TC_PLANTED(kMissingBarrier)) ptx::barrier();
-    if (Tile::kStages == 2) copy_block(block + 1);
-    return stages + block % Tile::kStages * Tile::kStageBytes;
+    if (Tile::kStages == 2 && block + 1 < last()) copy_block(block + 1, thread);
+    return stages + static_cast<unsigned>(block) % Tile::kStages * Tile::kStageBytes;
   };
 
   // 1.
   TileCopier<kHead, Tile::kQueries, kHead, true> queries(part<char>(args.workspace, layout.q) + q_row * kHead, kHead, 0,
                                                          Tile::kQueries, kHead);
-  queries.copy_next(q_at + queries.place());
-  copy_block(steps.first);
-  const int warp_row = warp * Tile::kRowTiles * 16;
-  AttentionWarp<kHead, kBFloat16, kHasMask> state{
-      args,
-      q_at + warp_row * kHead + Tile::template swizzled<kHead>(lane % 16, lane / 16),
-      at.m0 + warp_row + lane / 4,
-      at.b,
-      at.h,
-      lane};
+  queries.copy_next(q_at, threadIdx.x, kHead);
+  if (steps.first < steps.last) copy_block(steps.first, threadIdx.x);
+  AttentionWarp<kHead, kBFloat16, kHasMask> state{args, threadIdx.x};
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i)
 #pragma unroll
@@ -443,25 +447,26 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   if (threadIdx.x < Tile::kQueries)
     ptx::store_shared(q_at + Tile::kScalesAt + threadIdx.x * 4,
                       part<float>(args.workspace, layout.q_scale)[q_row + threadIdx.x]);
-  if (state.kHoldQ) {
-    ptx::cp_async_wait<0>();
-    ptx::barrier();
-    state.hold_q();
-  }
+  ptx::cp_async_commit();
+  if (state.kHoldQ) ptx::cp_async_wait<0>();
+  ptx::barrier();
+  state.hold_q();
+
   int block = steps.first;
 #pragma unroll 1
-  for (int end = steps.plain_first;; end = steps.last) {
-    for (; block < end; ++block) {
-      const float scale = k_scale[block];
-      const ptx::SharedPtr stage = arrive(block);
-      state.template step<true>(stage, block, scale);
+  for (int round = 0; round < 2; ++round) {
+    while (block < (round == 0 ? plain_first() : last())) {
+      const unsigned thread = state.thread();
+      const float scale = *k_scale++;
+      state.template step<true>(arrive(block, thread), block, scale, thread);
+      ++block;
     }
-    if (block == steps.last) break;
     if constexpr (!kHasMask) {
-      for (; block < steps.plain_last; ++block) {
-        const float scale = k_scale[block];
-        const ptx::SharedPtr stage = arrive(block);
-        state.template step<false>(stage, block, scale);
+      while (block < plain_last()) {
+        const unsigned thread = state.thread();
+        const float scale = *k_scale++;
+        state.template step<false>(arrive(block, thread), block, scale, thread);
+        ++block;
       }
     }
   }

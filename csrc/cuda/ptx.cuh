@@ -31,10 +31,21 @@ TC_PTX T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kAllLanes, value, lane_mask);
 }
 
-// blockIdx.x, read again: what is computed from it does not have to live in registers until then.
+// blockIdx.x and threadIdx.x, read again: what is computed from them does not have to live in registers until then.
 TC_PTX unsigned block_anew() {
   unsigned x;
   asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(x));
+  return x;
+}
+
+// x, which the compiler must take where it stands: what is computed from it is not hoisted out of a loop.
+TC_PTX int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+TC_PTX unsigned thread_anew() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(x));
   return x;
 }
 

@@ -86,6 +86,9 @@ T shuffle_xor(T value, int lane_mask) {
 
 inline unsigned block_anew() { return shim::block_index.x; }
 
+inline int64_t opaque(int64_t x) { return x; }
+inline unsigned thread_anew() { return shim::current->index; }
+
 inline bool any(bool predicate) {
   return detail::collective<int, int>("vote.sync.any", kAllLanes, predicate, [](const int* in, int* out) {
     int any_lane = 0;
