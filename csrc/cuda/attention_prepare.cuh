@@ -15,7 +15,9 @@
 #pragma once
 
 #include "attention.h"
-#include "quantize_per_token.cuh"
+#include "elements.cuh"
+#include "reduce.cuh"
+#include "token_scale.cuh"
 
 namespace tcompress::cuda {
 

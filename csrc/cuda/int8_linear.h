@@ -6,6 +6,8 @@
 #include "../cpu/activation_kind.h"
 #include "../cpu/dtype.h"
 
+struct CUstream_st;  // what cudaStream_t points to
+
 namespace tcompress::cuda {
 
 // y[m, n] = activation(float(acc) · scale[m] · weight_scale[n] + bias[n]) + residual[m, n], in this order, each step
@@ -35,7 +37,7 @@ enum class Int8Tile { kAuto, kWide, kMiddle, kNarrow };
 #if defined(TCOMPRESS_CUDA_ON_CPU)
 using StreamHandle = void*;
 #else
-using StreamHandle = struct CUstream_st*;
+using StreamHandle = ::CUstream_st*;
 #endif
 
 void int8_linear(const Int8LinearArgs& args, StreamHandle stream, Int8Tile tile = Int8Tile::kAuto);
