@@ -26,11 +26,25 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   }
 }
 
-// Sums of row m and columns n to n + 7, of which those below N are stored. Vectors where N is a multiple of eight.
-__device__ __forceinline__ void finish(const Int8LinearArgs& args, int64_t m, int64_t n, int32_t (&acc)[kVector]) {
-  const bool aligned = args.n % kVector == 0;
+// Bias, activation, residual and the one rounding, of row m and columns n to n + 7, of which those below N are stored.
+// `args` of any layer: bias, activation, residual, y, y_type, n. Vectors where N is a multiple of eight.
+template <class Args>
+__device__ __forceinline__ void finish_floats(const Args& args, int64_t m, int64_t n, float (&y)[kVector]) {
   const int count = args.n - n < kVector ? static_cast<int>(args.n - n) : kVector;
   const int64_t at = m * args.n + n;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const bool inside = i < count;
+    if (args.bias != nullptr) y[i] = ptx::add(y[i], inside ? args.bias[n + i] : 0.f);
+    y[i] = activate(y[i], args.activation);
+    if (args.residual != nullptr && inside) y[i] = ptx::add(y[i], load_element(args.residual, args.y_type, at + i));
+  }
+  store_vector(args.y, args.y_type, at, y, count, args.n % kVector == 0);
+}
+
+// The same of int8's sums.
+__device__ __forceinline__ void finish(const Int8LinearArgs& args, int64_t m, int64_t n, int32_t (&acc)[kVector]) {
+  const int count = args.n - n < kVector ? static_cast<int>(args.n - n) : kVector;
   if (args.zero_point != nullptr) {
     const int32_t zero = args.zero_point[m];
 #pragma unroll
@@ -38,7 +52,7 @@ __device__ __forceinline__ void finish(const Int8LinearArgs& args, int64_t m, in
       if (i < count) acc[i] -= zero * args.weight_sum[n + i];
   }
   if (args.y_type == DType::kInt32) {
-    int32_t* y = static_cast<int32_t*>(args.y) + at;
+    int32_t* y = static_cast<int32_t*>(args.y) + m * args.n + n;
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       if (i < count) ptx::store_global(y + i, acc[i]);
@@ -47,14 +61,9 @@ __device__ __forceinline__ void finish(const Int8LinearArgs& args, int64_t m, in
   const float scale = args.scale[m];
   float y[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const bool inside = i < count;
-    y[i] = ptx::multiply(ptx::multiply(ptx::to_float(acc[i]), scale), inside ? args.weight_scale[n + i] : 0.f);
-    if (args.bias != nullptr) y[i] = ptx::add(y[i], inside ? args.bias[n + i] : 0.f);
-    y[i] = activate(y[i], args.activation);
-    if (args.residual != nullptr && inside) y[i] = ptx::add(y[i], load_element(args.residual, args.y_type, at + i));
-  }
-  store_vector(args.y, args.y_type, at, y, count, aligned);
+  for (int i = 0; i < kVector; ++i)
+    y[i] = ptx::multiply(ptx::multiply(ptx::to_float(acc[i]), scale), i < count ? args.weight_scale[n + i] : 0.f);
+  finish_floats(args, m, n, y);
 }
 
 }  // namespace tcompress::cuda

@@ -172,6 +172,27 @@ TC_PTX uint32_t pack_bfloat16(float low, float high) {
   return packed;
 }
 
+// (a & mask) | bits, one instruction.
+TC_PTX uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;\n" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+// a - b of two float16 or two bfloat16 each.
+TC_PTX uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+TC_PTX uint32_t subtract_bfloat16s(uint32_t a, uint32_t b) {
+  uint32_t d;
+  // 8.0 has no subtraction: a · 1 - b
+  asm("{\n.reg .b32 minus;\nneg.bf16x2 minus, %2;\nfma.rn.bf16x2 %0, %1, %3, minus;\n}\n"
+      : "=r"(d)
+      : "r"(a), "r"(b), "r"(0x3F803F80u));
+  return d;
+}
+
 TC_PTX float multiply(float a, float b) { return __fmul_rn(a, b); }
 TC_PTX float add(float a, float b) { return __fadd_rn(a, b); }
 TC_PTX float divide(float a, float b) { return __fdiv_rn(a, b); }

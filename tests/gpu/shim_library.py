@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -237,9 +237,48 @@ class Library:
         )  # fmt: skip
         return Attention(out.check().transpose(1, 2), lse.check(), workspace, offsets.tolist(), (b, h, kv_heads))
 
+    def int4_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        group: int,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        out_dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """x [M, K] of 16 bits, the weight as `pack_int4` stores it: packed for the kernel, then multiplied."""
+        (m, k), n = x.shape, weight.shape[0]
+        self._c.shim_int4_bytes.restype = ctypes.c_int64
+        size = self._c.shim_int4_bytes(*(ctypes.c_int64(i) for i in (n, k, group)))
+        packed = Guarded((size,), torch.uint8)
+        self.call("int4_pack", weight, scale, DTYPES.index(scale.dtype), zero_point, n, k, group, packed.tensor)
+        packed.check()
+        x = torch.nn.functional.pad(x, (0, -k % 8)).contiguous()
+        y = Guarded((m, n), out_dtype)
+        self.call(
+            "int4_linear", x, DTYPES.index(x.dtype), packed.tensor, bias, residual, y.tensor, m, n, k, x.shape[1],
+            group, DTYPES.index(out_dtype), ACTIVATIONS.index(activation),
+        )  # fmt: skip
+        return y.check()
+
     def pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """int8 [N, K] to rows of a multiple of 16 bytes."""
         n, k = weight.shape
         out = Guarded((n, -(-k // 16) * 16), torch.int8)
         self.call("pad_rows", weight, n, k, out.tensor, out.tensor.shape[1])
         return out.check()
+
+
+def caught(library: Library, run: Callable[[], bool]) -> bool:
+    """Whether some order shows that `run` is wrong, by its result or by what the emulation refuses."""
+    for order in ORDERS:
+        library.order = order
+        try:
+            if not run():
+                return True
+        except EmulationError:
+            return True
+    return False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import shim_library
 import torch
-from shim_library import ORDERS, EmulationError, Library
+from shim_library import ORDERS, Library, caught
 
 from tcompress.ops import attention_numbers as numbers
 
@@ -186,17 +185,6 @@ def test_zeros_huge_values_and_peaks(lib):
     v = heads(1, 1, 256, 64, dtype=torch.float32, seed=4)
     got = lib.attention(q, k, v, scale=0.3)
     assert relative(got.out, model(got, v, 3, 256)) <= 6e-3
-
-
-def caught(lib: Library, run: Callable[[], bool]) -> bool:
-    for order in ORDERS:
-        lib.order = order
-        try:
-            if not run():
-                return True
-        except EmulationError:
-            return True
-    return False
 
 
 @pytest.mark.parametrize("bug", ["missing barrier", "unwaited copy", "off by one", "wrong mask"])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import shim_library
 import torch
-from shim_library import ORDERS, EmulationError, Library
+from shim_library import ORDERS, Library, caught
 
 import tcompress.ops  # noqa: F401
 
@@ -159,18 +159,6 @@ def test_no_k(lib):
 
 
 # ---- what a test must be able to see
-
-
-def caught(lib: Library, run: object) -> bool:
-    """Whether some order shows the planted bug, by a wrong result or by what the emulation refuses."""
-    for order in ORDERS:
-        lib.order = order
-        try:
-            if not run():  # type: ignore[operator]
-                return True
-        except EmulationError:
-            return True
-    return False
 
 
 @pytest.mark.parametrize("bug", ["missing barrier", "unwaited copy", "off by one"])

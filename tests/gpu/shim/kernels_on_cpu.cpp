@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda, emulated, behind a C interface for tests/gpu/shim_library.py.
 
 #include "attention.cuh"
+#include "int4_linear.cuh"
 #include "int8_linear.cuh"
 #include "quantize_per_token.cuh"
 
@@ -109,6 +110,24 @@ int shim_pad_values(const void* v, int type, const int64_t* shape, const int64_t
   return guarded([&] {
     run_pad_values({v, strides[6], strides[7], strides[8]}, static_cast<DType>(type), shape[0], shape[2], shape[4],
                    shape[6], to, static_cast<DType>(to_type), width, nullptr);
+  });
+}
+
+int64_t shim_int4_bytes(int64_t n, int64_t k, int64_t group) { return Int4Layout(n, k, group).bytes; }
+
+int shim_int4_pack(const uint8_t* weight, const void* scale, int scale_type, const uint8_t* zero_point, int64_t n,
+                   int64_t k, int64_t group, uint8_t* packed) {
+  return guarded([&] {
+    run_int4_pack({weight, scale, static_cast<DType>(scale_type), zero_point, n, k, group, packed}, nullptr);
+  });
+}
+
+int shim_int4_linear(const void* x, int type, const uint8_t* packed, const float* bias, const void* residual, void* y,
+                     int64_t m, int64_t n, int64_t k, int64_t ldx, int64_t group, int y_type, int activation) {
+  return guarded([&] {
+    run_int4_linear({x, static_cast<DType>(type), packed, bias, residual, y, m, n, k, ldx, group,
+                     static_cast<DType>(y_type), static_cast<Activation>(activation)},
+                    nullptr);
   });
 }
 

@@ -252,6 +252,16 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return detail::float_to_bfloat16(low) | static_cast<uint32_t>(detail::float_to_bfloat16(high)) << 16;
 }
 
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  const auto part = [](uint32_t x, int shift) { return detail::half_to_float(static_cast<uint16_t>(x >> shift)); };
+  return pack_half(part(a, 0) - part(b, 0), part(a, 16) - part(b, 16));
+}
+inline uint32_t subtract_bfloat16s(uint32_t a, uint32_t b) {
+  const auto part = [](uint32_t x, int shift) { return detail::bfloat16_to_float(static_cast<uint16_t>(x >> shift)); };
+  return pack_bfloat16(part(a, 0) - part(b, 0), part(a, 16) - part(b, 16));
+}
+
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
