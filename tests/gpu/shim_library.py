@@ -1,8 +1,4 @@
-"""The kernels of csrc/cuda compiled by g++ with the emulation in tests/gpu/shim, behind functions on CPU tensors.
-
-Also a program: `python shim_library.py LIBRARY CASE …` runs cases of `shim_cases` on a library built under the address
-sanitizer, which wants a process of its own.
-"""
+"""The kernels of csrc/cuda compiled by g++ with the emulation in tests/gpu/shim, behind functions on CPU tensors."""
 
 from __future__ import annotations
 
