@@ -133,6 +133,16 @@ TC_PTX void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
+// d += a b; a [16 × 64] of which 2 of 4 neighbours are kept, as [16 × 32] in the registers of mma_s8; b [64 × 8],
+// register i at 16 i + 4t. `metadata`: lane (g, t) that of row g + 8 (t % 2), columns 32 (t / 2) to + 31: four bits for
+// each four columns, the lower position in the lower two.
+TC_PTX void mma_sp_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  asm volatile(
+      "mma.sp.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "
+      "{%0, %1, %2, %3}, %12, 0x0;\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
+}
 // d += a b; a [16 × 16] and b [16 × 8] of float16 or bfloat16, sums in float32.
 TC_PTX void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(

@@ -4,6 +4,7 @@
 #include "int4_linear.cuh"
 #include "int8_linear.cuh"
 #include "quantize_per_token.cuh"
+#include "two_four_linear.cuh"
 
 using namespace tcompress::cuda;
 
@@ -128,6 +129,23 @@ int shim_int4_linear(const void* x, int type, const uint8_t* packed, const float
     run_int4_linear({x, static_cast<DType>(type), packed, bias, residual, y, m, n, k, ldx, group,
                      static_cast<DType>(y_type), static_cast<Activation>(activation)},
                     nullptr);
+  });
+}
+
+int64_t shim_two_four_bytes(int64_t n, int64_t k) { return TwoFourLayout(n, k).bytes; }
+
+int shim_two_four_pack(const int8_t* values, const uint8_t* index, int64_t n, int64_t k, uint8_t* packed) {
+  return guarded([&] { run_two_four_pack({values, index, n, k, packed}, nullptr); });
+}
+
+int shim_two_four_linear(const int8_t* a, const uint8_t* packed, const float* scale, const float* weight_scale,
+                         const float* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t lda, int y_type,
+                         int activation, int multiprocessors) {
+  return guarded([&] {
+    run_two_four_linear(
+        {a, reinterpret_cast<const int8_t*>(packed), scale, weight_scale, nullptr, nullptr, bias, nullptr, y, m, n, k,
+         lda, 0, static_cast<DType>(y_type), static_cast<Activation>(activation), multiprocessors},
+        nullptr);
   });
 }
 

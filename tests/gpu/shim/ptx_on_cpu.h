@@ -199,6 +199,42 @@ inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   for (int i = 0; i < 4; ++i) d[i] = out[i];
 }
 
+// d += a b; a 16 × 64 with 2 of 4 neighbours kept. Lane (g, t) has the positions of row g + 8 (t % 2), columns 32 (t /
+// 2) and the 31 after.
+inline void mma_sp_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  struct In {
+    uint32_t a[4], b[4];
+    int32_t d[4];
+    uint32_t metadata;
+  } in{{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, {d[0], d[1], d[2], d[3]}, metadata};
+  using Result = std::array<int32_t, 4>;
+  const Result out =
+      detail::collective<In, Result>("mma.sp.m16n8k64.s8", kAllLanes, in, [](const In* lanes, Result* r) {
+        int8_t kept[16][32], ma[16][64] = {}, mb[8][64];
+        for (int l = 0; l < 32; ++l) {
+          const int g = l / 4, t = l % 4;
+          for (int i = 0; i < 4; ++i) std::memcpy(&kept[g + i % 2 * 8][t * 4 + i / 2 * 16], &lanes[l].a[i], 4);
+          for (int i = 0; i < 4; ++i) std::memcpy(&mb[g][t * 4 + i * 16], &lanes[l].b[i], 4);
+        }
+        for (int row = 0; row < 16; ++row)
+          for (int group = 0; group < 16; ++group) {
+            const uint32_t nibble = lanes[row % 8 * 4 + row / 8 + group / 8 * 2].metadata >> (group % 8 * 4) & 15;
+            const uint32_t low = nibble & 3, high = nibble >> 2;
+            if (low >= high) shim::fail("mma.sp: metadata: the positions do not ascend");
+            ma[row][group * 4 + low] = kept[row][group * 2];
+            ma[row][group * 4 + high] = kept[row][group * 2 + 1];
+          }
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+            int32_t sum = lanes[l].d[i];
+            for (int k = 0; k < 64; ++k) sum += ma[row][k] * mb[column][k];
+            r[l][i] = sum;
+          }
+      });
+  for (int i = 0; i < 4; ++i) d[i] = out[i];
+}
+
 namespace detail {
 
 // d += a b; a 16 × 16 and b 16 × 8 of 16-bit floats, sums in float32. The hardware does not say in which order it adds;
