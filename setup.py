@@ -1,9 +1,9 @@
-"""Builds the C++ extensions `tcompress._C` and `tcompress._C_cuda`; everything else about the package is in pyproject.toml.
+"""Builds the C++ extensions `tcompress._C` and `tcompress._C_cuda`; the rest is in pyproject.toml.
 
 Environment:
     TCOMPRESS_NO_EXT=1       do not build the extension (the package then runs on its plain torch reference path)
     TCOMPRESS_REQUIRE_EXT=1  fail the installation when an extension cannot be built, instead of warning
-    TCOMPRESS_CUDA           1: build the CUDA kernels, 0: do not, auto: where nvcc is and torch has CUDA or a GPU is there
+    TCOMPRESS_CUDA           build the CUDA kernels? 0, 1, auto: where nvcc is, and torch has CUDA or a GPU is there
     TCOMPRESS_CUDA_ARCH_LIST compute capabilities they are compiled for, "80;90" by default
     MAX_JOBS                 compiler processes (ninja's default otherwise)
 """

@@ -1,7 +1,7 @@
 """Builds the CUDA extension `tcompress._C_cuda` with nvcc, for setup.py.
 
-torch's own CUDAExtension wants a torch built for CUDA. This one uses torch's stable ABI and a static CUDA runtime, so it
-can be built with, and loads in, a torch for the CPU alone.
+torch's own CUDAExtension wants a torch built for CUDA. This one uses torch's stable ABI and a static CUDA runtime, so
+it can be built with, and loads in, a torch for the CPU alone.
 """
 
 from __future__ import annotations

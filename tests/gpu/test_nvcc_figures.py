@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import setup_cuda  # noqa: E402
+import setup_cuda
 
 NVCC, DISASSEMBLER = setup_cuda.find_nvcc(), nvcc_figures.nvdisasm()
 pytestmark = [

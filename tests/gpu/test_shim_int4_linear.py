@@ -32,9 +32,7 @@ def weights(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> tupl
 
 def dense(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int) -> torch.Tensor:
     k = q.shape[1]
-    spread = [
-        (8.0 if t is None else t.double().repeat_interleave(group, 1)[:, :k]) for t in (zero, scale)
-    ]
+    spread = [(8.0 if t is None else t.double().repeat_interleave(group, 1)[:, :k]) for t in (zero, scale)]
     return (q.double() - spread[0]) * spread[1]
 
 
