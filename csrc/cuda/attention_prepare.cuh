@@ -35,12 +35,12 @@ __device__ __forceinline__ int64_t row_offset(const Heads& x, int64_t b, int64_t
   return b * x.stride_b + h * x.stride_h + s * x.stride_s;
 }
 
-// grid (key blocks, B·Hkv)
+// grid (key blocks of all heads): the other axes of a grid end at 65535
 __global__ void __launch_bounds__(kPrepareThreads) key_sums_kernel(const __grid_constant__ AttentionArgs args) {
   const AttentionLayout layout(args);
   const int head = padded_head(args.d, args.dv);
-  const int64_t kv = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * kKeyBlock;
-  float* sums = part<float>(args.workspace, layout.sums) + (kv * (layout.skp / kKeyBlock) + blockIdx.x) * head;
+  const int64_t blocks = layout.skp / kKeyBlock, kv = blockIdx.x / blocks, first = blockIdx.x % blocks * kKeyBlock;
+  float* sums = part<float>(args.workspace, layout.sums) + static_cast<int64_t>(blockIdx.x) * head;
   const int64_t end = first + kKeyBlock < args.skv ? first + kKeyBlock : args.skv;
   for (int c = threadIdx.x; c < head; c += kPrepareThreads) {
     float sum = 0.f;
@@ -179,7 +179,7 @@ template <int kHead>
 void prepare_attention(const AttentionArgs& args, const AttentionLayout& layout, Stream stream) {
   const unsigned kv_rows = static_cast<unsigned>(args.batch * args.kv_heads);
   const unsigned k_blocks = static_cast<unsigned>(layout.skp / kKeyBlock);
-  launch("attention: key_sums", key_sums_kernel, {k_blocks, kv_rows}, kPrepareThreads, 0, stream, args);
+  launch("attention: key_sums", key_sums_kernel, {k_blocks * kv_rows}, kPrepareThreads, 0, stream, args);
   launch("attention: key_mean", key_mean_kernel, {kv_rows}, kPrepareThreads, 0, stream, args);
   const int64_t tiles = args.batch * args.heads * (layout.sqp / kKeyBlock) + static_cast<int64_t>(kv_rows) * k_blocks;
   launch("attention: quantize", quantize_queries_and_keys_kernel<kHead>, {static_cast<unsigned>(tiles)},

@@ -1,4 +1,4 @@
-"""The PTX that nvcc makes of csrc/cuda, in the emulator of tests/gpu/ptx: what the shim cannot see, the compiled code."""
+"""The PTX that nvcc makes of csrc/cuda, in the emulator of tests/gpu/ptx: the shim never sees compiled code."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def kernel(source: str, part: str) -> str:
     return name
 
 
-def run(source: str, part: str, blocks: int | tuple, threads: int, args: list, shared: int = 0, **options) -> None:
-    grid = (blocks, 1, 1) if isinstance(blocks, int) else (*blocks, 1)
-    ptx.run_ptx(compiled(source), kernel(source, part), grid, (threads, 1, 1), args, shared, **options)
+def run(source: str, part: str, blocks: int, threads: int, args: list, shared: int = 0, **options) -> None:
+    ptx.run_ptx(compiled(source), kernel(source, part), (blocks, 1, 1), (threads, 1, 1), args, shared, **options)
 
 
 def integers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -150,7 +149,7 @@ def test_attention(d, causal, dtype):
         buffers = [ptx.Buffer(out, written=False), ptx.Buffer(lse, written=False), ptx.Buffer(workspace, written)]
         return [ptx.Struct((*heads, kind, kind, *sizes, *mask, *window, *buffers))]
 
-    run("attention", "key_sums", (3, kv_heads), 128, args(False))
+    run("attention", "key_sums", 3 * kv_heads, 128, args(False))
     run("attention", "key_mean", kv_heads, 128, args(True))
     run("attention", f"quantize_queries_and_keys_kernelILi{d}E", h * sqp // 64 + kv_heads * 3, 128, args(True), 16)
     shared = 128 * d + 2 * 3 * 64 * d + 128 * 4 + 16
