@@ -5,8 +5,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
+BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu* tests/csrc/*.cpp tests/csrc/*.h \
+	tests/csrc/*/*.h tests/gpu/shim/*)
 
 .PHONY: help install demo test test-all sanitize lint format bench bench-charts bench-sweep bench-memory clean
 

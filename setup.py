@@ -1,8 +1,10 @@
-"""Builds the C++ extension `tcompress._C`; everything else about the package is in pyproject.toml.
+"""Builds the C++ extensions `tcompress._C` and `tcompress._C_cuda`; the rest is in pyproject.toml.
 
 Environment:
     TCOMPRESS_NO_EXT=1       do not build the extension (the package then runs on its plain torch reference path)
-    TCOMPRESS_REQUIRE_EXT=1  fail the installation when the extension cannot be built, instead of warning
+    TCOMPRESS_REQUIRE_EXT=1  fail the installation when an extension cannot be built, instead of warning
+    TCOMPRESS_CUDA           build the CUDA kernels? 0, 1, auto: where nvcc is, and torch has CUDA or a GPU is there
+    TCOMPRESS_CUDA_ARCH_LIST compute capabilities they are compiled for, "80;90" by default
     MAX_JOBS                 compiler processes (ninja's default otherwise)
 """
 
@@ -13,6 +15,9 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # an isolated build does not look here
+import setup_cuda
 
 ROOT = Path(__file__).parent
 # The extension uses torch's stable ABI of this release, and loads in it and in later ones.
@@ -47,11 +52,15 @@ def extension() -> dict[str, object]:
     except ImportError as error:
         return without_extension(error)
 
+    nvcc = setup_cuda.wanted()
+
     class OptionalBuildExtension(BuildExtension):
         """Carries on without the extension when it cannot be built, and says so."""
 
         def build_extensions(self) -> None:
             try:
+                if nvcc:
+                    setup_cuda.add_kernels(nvcc, self.extensions, Path(self.build_temp) / "cuda", bool(self.force))
                 super().build_extensions()
             except Exception as error:
                 without_extension(error)
@@ -65,7 +74,8 @@ def extension() -> dict[str, object]:
         extra_compile_args={"cxx": COMPILE_FLAGS},
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuildExtension}}
+    modules = [module, setup_cuda.extension(nvcc, COMPILE_FLAGS)] if nvcc else [module]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuildExtension}}
 
 
 def without_extension(error: Exception) -> dict[str, object]:
