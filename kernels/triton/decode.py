@@ -242,13 +242,20 @@ def unsupported(
     return None
 
 
-def decode_tile(rows: int, tiles: int, blocks: int) -> TileConfig:
-    """For `rows` queries and heads that share a head of keys, so many tiles of them without splitting, and blocks of
-    tokens. By rule, not measured."""
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+def decode_tile(rows: int, head: int, tiles: int, blocks: int) -> TileConfig:
+    """For `rows` queries and heads that share a head of keys, the larger head size, so many heads of keys in all, and
+    blocks of tokens. By rule, not measured; chosen so that nothing spills."""
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 or head > 128 else 64
     tiles *= -(-rows // block_m)
     split = min(-(-2 * PROCESSORS // max(tiles, 1)), -(-blocks // LEAST_BLOCKS), MOST_SPLITS)
-    return TileConfig(block_m, TOKENS_A_BLOCK, warps=4, stages=3, split=max(split, 1), name=f"decode_{block_m}")
+    return TileConfig(
+        block_m,
+        TOKENS_A_BLOCK,
+        warps=8 if block_m * head > 4096 else 4,
+        stages=3,
+        split=max(split, 1),
+        name=f"decode_{block_m}",
+    )
 
 
 def kv_cache_attention(
@@ -296,7 +303,7 @@ def kv_cache_attention(
     if end <= first:
         return out.zero_(), lse.fill_(-math.inf)
     group = heads // kv_heads
-    tile = tile or decode_tile(sq * group, b * kv_heads, end - first)
+    tile = tile or decode_tile(sq * group, max(d, dv), b * kv_heads, end - first)
     part = triton.cdiv(end - first, tile.split)
     splits = triton.cdiv(end - first, part)
     tiles = b * kv_heads * triton.cdiv(sq * group, tile.block_m)
