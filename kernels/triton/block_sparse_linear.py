@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import autotune
 from .block_panels import BLOCK_COLUMNS, BLOCK_ROWS, BlockRows, load_panels, to_panels
 from .linear_finish import ACTIVATIONS, finish, finish_floats
 from .quantize_tokens import quantize_tokens
@@ -111,7 +112,7 @@ def block_sparse_linear(
         out_features, size: N, (R, C).
         weight_scale: [N] float32, of int8 values. weight_sum: [N] int32, sums of the weights; asymmetric activations.
         act_bits, act_symmetric: of int8 values.
-        tile: other than `block_sparse_tile` has.
+        tile: other than `autotune` chooses, which starts from `block_sparse_tile`.
 
     Returns:
         [..., N]; with int8 values `out_dtype=torch.int32` gives the exact sums.
@@ -123,7 +124,17 @@ def block_sparse_linear(
     rows = x.reshape(-1, k) if k else x.new_zeros((x.shape[:-1].numel(), 1))
     m, c = rows.shape[0], size[1]
     dtype = values.dtype if whole or values.dtype == x.dtype else torch.float32
-    tile = tile or block_sparse_tile(m, size, dtype)
+    if tile is None:
+        # how much is kept decides too, in steps of a power of two
+        many = autotune.tokens(kept.column.numel())
+        sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {values.dtype} {act_symmetric} {activation}"
+        arguments = (x, values, kept, n, size, weight_scale, weight_sum, bias, act_bits, act_symmetric, activation)
+        stored = block_sparse_tile(m, size, dtype)
+        tile = autotune.choose(
+            "block_sparse_linear", sizes, stored,
+            lambda: autotune.neighbours(stored, block_k=(32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4)),
+            lambda tile: block_sparse_linear(*arguments, out_dtype, residual, tile), x,
+        )  # fmt: skip
     padded = triton.cdiv(m, tile.block_m) * tile.block_m
     if whole:
         a, scale, zero = quantize_tokens(rows, act_bits, act_symmetric, c, padded)

@@ -32,7 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_blocks import BOOL_MASK, FLOAT_MASK, LOG2_E, LOWEST_MASK, NO_MASK
+from . import autotune
+from .attention_blocks import BOOL_MASK, FLOAT_MASK, LOG2_E, LOWEST_MASK, NO_MASK, softcapped
 from .numbers import all_finite, reciprocal, round_half_even, steps
 from .tiles import PROCESSORS, TileConfig
 
@@ -46,14 +47,6 @@ LEAST_BLOCKS = 4
 MOST_SPLITS = 128
 CHUNK = 8
 _, STEP, LOWEST = steps(8, True)
-
-
-@triton.jit
-def softcapped(s, softcap):
-    """softcap · tanh(s / softcap) of scores in logarithms of base 2."""
-    e = tl.math.exp2(tl.abs(s) * (-2.0 / softcap))
-    magnitude = (1.0 - e) / (1.0 + e) * (softcap * LOG2_E)
-    return tl.where(s < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -258,6 +251,10 @@ def decode_tile(rows: int, head: int, tiles: int, blocks: int) -> TileConfig:
     )
 
 
+def _candidates(stored: TileConfig) -> list[TileConfig]:
+    return autotune.neighbours(stored, warps=(4, 8), stages=(2, 3, 4), split=(1, 2, 4, 8, 16, 32, 64, MOST_SPLITS))
+
+
 def kv_cache_attention(
     q: torch.Tensor,
     k_data: torch.Tensor,
@@ -285,7 +282,7 @@ def kv_cache_attention(
         length, head_dim_v: tokens in the cache, Dv.
         bottom_right, left, right: which keys a query sees (`attention_reference.Visible`); -1: no limit.
         softcap: 0 for none.
-        tile: other than `decode_tile` has.
+        tile: other than `autotune` chooses, which starts from `decode_tile`.
 
     Returns:
         [B, H, Sq, Dv] in the type of q, in memory [B, Sq, H, Dv], and [B, H, Sq] float32, empty unless asked for.
@@ -303,7 +300,15 @@ def kv_cache_attention(
     if end <= first:
         return out.zero_(), lse.fill_(-math.inf)
     group = heads // kv_heads
-    tile = tile or decode_tile(sq * group, max(d, dv), b * kv_heads, end - first)
+    if tile is None:
+        options = f"{mask is not None} {left >= 0} {right >= 0} {softcap > 0} {return_lse}"
+        sizes = f"{b}x{kv_heads}x{autotune.tokens(end - first)} {sq * group}x{d}x{dv} {q.dtype} {options}"
+        arguments = (q, k_data, k_scale, v_data, v_scale, k_mean, mask, length, dv, bottom_right, left, right)
+        stored = decode_tile(sq * group, max(d, dv), b * kv_heads, end - first)
+        tile = autotune.choose(
+            "kv_cache_attention", sizes, stored, lambda: _candidates(stored),
+            lambda tile: kv_cache_attention(*arguments, softcap, scale, return_lse, tile), q,
+        )  # fmt: skip
     part = triton.cdiv(end - first, tile.split)
     splits = triton.cdiv(end - first, part)
     tiles = b * kv_heads * triton.cdiv(sq * group, tile.block_m)

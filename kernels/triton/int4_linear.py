@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from . import autotune
 from .int4_narrow import int4_narrow
 from .int4_wide import int4_wide
 from .linear_finish import ACTIVATIONS
@@ -71,6 +72,11 @@ def int4_tile(capability: int, m: int, n: int, k: int, group_size: int, dtype: t
     return TileConfig(64, 64, block_k, 4, 3, name="int4_wide_64")
 
 
+def _candidates(stored: TileConfig) -> list[TileConfig]:
+    tiles = autotune.neighbours(stored, block_n=(16, 32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5))
+    return tiles + (autotune.neighbours(stored, split=(1, 2, 4, 8, 16)) if stored.block_m <= NARROW_TOKENS else [])
+
+
 def int4_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,7 +97,8 @@ def int4_linear(
         x: [..., K], any float type; weight [N, ceil(K/2)] uint8; weight_scale, zero_point [N, ceil(K/g)]; bias [N];
             residual [..., N]: as the op has them.
         act_bits: None leaves x in floats. float32 is multiplied in float32, without the matrix unit.
-        tile: other than `int4_tile` has; `block_m` up to 32 and at least M means int4_narrow.
+        tile: other than `autotune` chooses, which starts from `int4_tile`; `block_m` up to 32 and at least M means
+            int4_narrow.
 
     Returns:
         [..., N] in `out_dtype`, by default the type of x.
@@ -109,7 +116,14 @@ def int4_linear(
     m, whole = rows.shape[0], act_bits is not None
     groups = weight_scale.shape[1]
     group_size = group_size if groups > 1 else max(LEAST_GROUP, triton.next_power_of_2(k))
-    tile = tile or int4_tile(capability(x), m, n, k, group_size, torch.int8 if whole else x.dtype)
+    if tile is None:
+        sizes = f"{autotune.tokens(m)}x{k}x{n} {x.dtype} g{group_size} {act_bits} {act_symmetric} {activation}"
+        arguments = (x, weight, weight_scale, zero_point, bias, group_size, act_bits, act_symmetric, activation)
+        stored = int4_tile(capability(x), m, n, k, group_size, torch.int8 if whole else x.dtype)
+        tile = autotune.choose(
+            "int4_linear", sizes, stored, lambda: _candidates(stored),
+            lambda tile: int4_linear(*arguments, out_dtype, residual, tile), x,
+        )  # fmt: skip
     narrow = m <= tile.block_m <= NARROW_TOKENS
     quantize = whole and narrow and tile.block_m == 1
     a, scale, zero = rows, weight_scale, weight_scale  # the last two are not read

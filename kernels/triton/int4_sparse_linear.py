@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import autotune
 from . import block_sparse_linear as blocks
 from .block_panels import BlockRows, load_panels
 from .int4_blocks import SYMMETRIC_ZERO
@@ -73,7 +74,7 @@ def unsupported(pattern: str, k: int, group_size: int) -> str | None:
 
 def int4_sparse_tile(m: int, size: tuple[int, int]) -> TileConfig:
     """`block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured."""
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    block_m = 16 if m <= 16 else 64
     return TileConfig(block_m, size[0], 32, 4, 2, name=f"int4_sparse_{block_m}")
 
 
@@ -99,7 +100,7 @@ def int4_sparse_linear(
         weight_scale: [N, ceil(K/g)] float16 or float32.
         size: (R, C).
         act_bits, act_symmetric, activation, out_dtype, residual: as in `int4_linear`.
-        tile: other than `int4_sparse_tile` has.
+        tile: other than `autotune` chooses, which starts from `int4_sparse_tile`.
 
     Returns:
         [..., N].
@@ -110,7 +111,16 @@ def int4_sparse_linear(
         return out
     rows = x.reshape(-1, k) if k else x.new_zeros((x.shape[:-1].numel(), 1))
     m, (r, c) = rows.shape[0], size
-    tile = tile or int4_sparse_tile(m, size)
+    if tile is None:
+        many = autotune.tokens(kept.column.numel())
+        sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {groups} {act_symmetric} {activation}"
+        arguments = (x, values, kept, weight_scale, size, bias, act_bits, act_symmetric, activation)
+        stored = int4_sparse_tile(m, size)
+        tile = autotune.choose(
+            "int4_sparse_linear", sizes, stored,
+            lambda: autotune.neighbours(stored, block_k=(32, 64), warps=(2, 4), stages=(2, 3)),
+            lambda tile: int4_sparse_linear(*arguments, out_dtype, residual, tile), x,
+        )  # fmt: skip
     padded = triton.cdiv(m, tile.block_m) * tile.block_m
     a, scale, zero = quantize_tokens(rows, act_bits, act_symmetric, c, padded)
     if residual is not None:

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import autotune
 from .linear_finish import ACTIVATIONS, finish, finish_floats
 from .numbers import all_finite
 from .quantize_tokens import quantize_tokens
@@ -131,10 +132,15 @@ def two_four_tile(m: int, n: int, k: int, dtype: torch.dtype) -> TileConfig:
         return TileConfig(block_m, block_n, 32 if floats else 128, 4, 4, split, name=f"two_four_{block_m}")
     if floats:
         return TileConfig(32, 64, 32, 4, 2, name="two_four_float32")
-    block_k = 128 if dtype == torch.int8 else 64
+    block_k = 128 if dtype == torch.int8 and k % 128 == 0 else 64  # the masks of a tail take registers
     if -(-m // 128) * -(-n // 64) >= PROCESSORS and m > 128:
         return TileConfig(128, 64, block_k, 8, 3, name="two_four_128")
     return TileConfig(64, 64, block_k, 4, 3, name="two_four_64")
+
+
+def _candidates(stored: TileConfig) -> list[TileConfig]:
+    tiles = autotune.neighbours(stored, block_n=(16, 32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
+    return tiles + (autotune.neighbours(stored, split=(1, 2, 4, 8, 16)) if stored.block_m <= 32 else [])
 
 
 def two_four_linear(
@@ -161,7 +167,7 @@ def two_four_linear(
         values: [N · G · 2], int8 or float; index: [ceil(N · G / 2)] uint8: `packing.SparseWeight` of the pattern 2:4.
         weight_scale: [N] float32, of int8 values. weight_sum: [N] int32, sums of the weights; asymmetric activations.
         act_bits, act_symmetric: of int8 values.
-        tile: other than `two_four_tile` has.
+        tile: other than `autotune` chooses, which starts from `two_four_tile`.
 
     Returns:
         [..., N]; with int8 values `out_dtype=torch.int32` gives the exact sums.
@@ -176,7 +182,14 @@ def two_four_linear(
     rows = x.reshape(-1, k)
     m, quads = rows.shape[0], triton.cdiv(k, 4)
     dtype = values.dtype if whole or values.dtype == x.dtype else torch.float32
-    tile = tile or two_four_tile(m, n, k, dtype)
+    if tile is None:
+        sizes = f"{autotune.tokens(m)}x{k}x{n} {x.dtype} {values.dtype} {act_bits} {act_symmetric} {activation}"
+        arguments = (x, values, index, n, weight_scale, weight_sum, bias, act_bits, act_symmetric, activation)
+        stored = two_four_tile(m, n, k, dtype)
+        tile = autotune.choose(
+            "two_four_linear", sizes, stored, lambda: _candidates(stored),
+            lambda tile: two_four_linear(*arguments, out_dtype, residual, tile), x,
+        )  # fmt: skip
     a = scale = zero = rows if rows.stride(1) == 1 else rows.contiguous()
     if whole:
         a, scale, zero = quantize_tokens(rows, act_bits, act_symmetric)

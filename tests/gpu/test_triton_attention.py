@@ -191,8 +191,9 @@ def test_unsupported_says_why():
     fine = {"bits": 8, "bottom_right": False, "left": -1, "right": 0, "softcap": 0.0, "scale": 1.0, "return_lse": False}
     assert unsupported(x, x, x, None, **fine) is None
     assert "bits" in unsupported(x, x, x, None, **fine | {"bits": 12})
-    assert "window" in unsupported(x, x, x, None, **fine | {"left": 3})
-    assert "softcap" in unsupported(x, x, x, None, **fine | {"softcap": 5.0})
+    assert unsupported(x, x, x, None, **fine | {"left": 3, "softcap": 5.0}) is None
+    wide = torch.zeros(1, 1, 4, 300)
+    assert "256" in unsupported(wide, wide, wide, None, **fine)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
