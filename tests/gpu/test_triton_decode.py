@@ -24,6 +24,10 @@ append = sys.modules["tcompress.ops.kv_cache_append"]
 op = sys.modules["tcompress.ops.kv_cache_attention"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -98,7 +102,7 @@ SHAPES = [  # B, H, Hkv, Sq, length, D, Dv
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16), slow(torch.float32)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape, dtype):
     b, h, hkv, sq, length, d, dv = shape
@@ -106,7 +110,7 @@ def test_shapes(shape, dtype):
     check(q, random(b, hkv, length, d, dtype=dtype, seed=1) + 1, random(b, hkv, length, dv, dtype=dtype, seed=2))
 
 
-@pytest.mark.parametrize("split", [1, 2, 3, 7])
+@pytest.mark.parametrize("split", [slow(1), slow(2), 3, slow(7)])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_splits_masks_and_softcap(split, softcap, mask):

@@ -24,6 +24,10 @@ per_token = sys.modules["tcompress.ops.quantize_per_token"]
 int8_linear = sys.modules["tcompress.ops.int8_linear"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -67,8 +71,8 @@ def test_sums_of_integers_are_exact(shape, bits, symmetric, zeros):
     assert torch.equal(got, reference(x, packed, group, bits, symmetric))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [slow(8), None])
 @pytest.mark.parametrize("shape", SHAPES[1::2])
 def test_scales_and_types(shape, bits, dtype):
     m, n, k, group = shape
@@ -100,7 +104,7 @@ TILES += [TileConfig(32, 16, 32, split=3), TileConfig(64, 32, 32, group=2), Tile
 
 @pytest.mark.parametrize("bits", [8, None])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("k", [64, 330])
+@pytest.mark.parametrize("k", [slow(64), 330])
 def test_every_tile(tile, k, bits):
     m = {1: 1, 16: 11, 32: 20}.get(tile.block_m, 130)
     packed = weights(34, k, 64)

@@ -22,6 +22,10 @@ per_token = sys.modules["tcompress.ops.quantize_per_token"]
 EPSILON = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -34,7 +38,7 @@ def exact_norm(x, weight, bias, eps, centre):
     return y if bias is None else y + bias.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)])
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (7, False)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 64), (4, 300), (2, 9001), (0, 8)])

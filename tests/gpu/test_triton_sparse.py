@@ -28,6 +28,10 @@ int8_linear = sys.modules["tcompress.ops.int8_linear"]
 int4_linear = sys.modules["tcompress.ops.int4_linear"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -74,7 +78,7 @@ PATTERNS = ["2:4", "8x4", "16x16"]
 SHAPES = [(1, 1, 1), (1, 40, 300), (3, 17, 64), (2, 5, 0), (0, 4, 4), (17, 33, 131), (40, 16, 258), (70, 40, 96)]
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (7, False)])
+@pytest.mark.parametrize(("bits", "symmetric"), [slow(8, True), (7, False)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_are_exact(shape, pattern, bits, symmetric):
@@ -86,7 +90,8 @@ def test_sums_are_exact(shape, pattern, bits, symmetric):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float32, torch.float32), (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)])  # fmt: skip
+    (torch.bfloat16, torch.float32), slow(torch.bfloat16, torch.bfloat16),
+    slow(torch.float32, torch.float16)])  # fmt: skip
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (0, 1, 3, 5)])
 def test_floats(shape, pattern, dtype, weight_dtype):
     m, n, k = shape
@@ -97,7 +102,7 @@ def test_floats(shape, pattern, dtype, weight_dtype):
     assert run(x, dense, pattern, bias=bias).dtype == dtype
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["none", slow("relu"), "gelu", slow("silu")])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("m", [3, 40])
 def test_epilogue(m, pattern, activation):
