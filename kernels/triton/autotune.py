@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 #: A dataclass of sizes: TileConfig, or the tiles of attention and of int8 linear.
 Tile = TypeVar("Tile")
@@ -83,15 +83,15 @@ def fastest(
     run: Callable[[Tile], object],
     measure: Callable[[Callable[[], object]], float],
 ) -> Tile:
-    """The fastest by MARGIN, or the stored one. A candidate that needs more shared memory or registers than the GPU has
-    is passed over; any other error is raised."""
+    """The fastest by MARGIN, or the stored one. A candidate that needs more shared memory or registers than the GPU
+    has, found by the launch or by the assembler, is passed over; any other error is raised."""
     best, least = stored, measure(lambda: run(stored)) * MARGIN
     for tile in candidates:
         if tile == stored:
             continue
         try:
             seconds = measure(lambda tile=tile: run(tile))  # type: ignore[misc]
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             continue
         if seconds < least:
             best, least = tile, seconds

@@ -14,7 +14,7 @@ triton_cases.require()
 from tcompress.kernels.triton import autotune  # noqa: E402
 from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
-from triton.runtime.errors import OutOfResources  # noqa: E402
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 STORED = TileConfig(16, 32, 64, name="stored")
 FAST, SLOW = TileConfig(16, 64, 64, name="fast"), TileConfig(16, 16, 64, name="slow")
@@ -111,6 +111,8 @@ def test_what_does_not_fit_is_passed_over_and_other_errors_are_not():
     def run(tile):
         if tile is FAST:
             raise OutOfResources(300_000, 100_000, "shared memory")
+        if tile is SLOW:
+            raise PTXASError("too many registers")
         return tile.name
 
     def choose(run):
