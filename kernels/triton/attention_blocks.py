@@ -9,8 +9,8 @@ For BLOCK_M queries in registers, each step takes BLOCK_N keys:
 
 Two forms. `plain`, for blocks in which every query sees every key: the float of x is made by adding BIAS to the integer
 accumulator, and 2 and 3 are one fused multiply and add. What that rounds, 0.75 c, is the same for all keys of the
-block and below one unit of x. `masked`, for the diagonal, the tail and masks: -inf where a query does not see a key;
-a query that has seen none keeps top = -inf, and 0 is subtracted instead.
+block and below one unit of x. `masked`, for the edges of a window, the tail, masks and softcap: -inf where a query does
+not see a key; a query that has seen none keeps top = -inf, and 0 is subtracted instead.
 
 Papers: Milakov & Gimelshein, arXiv 1805.02867, section 3; Dao et al., arXiv 2205.14135, section 3.1.
 """
@@ -26,6 +26,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 #: What a finite entry of a float mask is at least, so that adding it does not hide the key.
 LOWEST_MASK = tl.constexpr(-1.0e38)
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def softcapped(s, softcap):
+    """softcap · tanh(s / softcap) of scores in logarithms of base 2."""
+    e = tl.math.exp2(tl.abs(s) * (-2.0 / softcap))
+    magnitude = (1.0 - e) / (1.0 + e) * (softcap * LOG2_E)
+    return tl.where(s < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -63,20 +71,26 @@ def plain_blocks(
 @triton.jit
 def masked_blocks(
     acc, total, top, q, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
-    rows, sq, skv, offset, mask_at, mask_rows, stride_mask_n,
-    BLOCK_N: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    rows, sq, skv, last_seen, first_seen, shift, softcap, mask_at, mask_rows, stride_mask_n,
+    BLOCK_N: tl.constexpr, DP: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
-    """Keys from `low`, the first of a block, to `high`. `mask_at` points to the first query's row of the mask,
-    `mask_rows` [BLOCK_M, 1] are the distances of the others."""
+    """Keys from `low`, the first of a block, to `high`. With LAST query i sees keys up to i + last_seen, with FIRST
+    from i + first_seen on. `mask_at` points to the first query's row of the mask, `mask_rows` [BLOCK_M, 1] are the
+    distances of the others. SOFTCAP: `shift` [BLOCK_M] is what smoothing K took from a query's scores."""
     for start in tl.range(low, high, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
         k = tl.load(k_at + start.to(tl.int64) * DP)
         c = q_scale * tl.load(k_scale_at + start // BLOCK_N)
         s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * c[:, None]
+        if SOFTCAP:
+            s = softcapped(s + shift[:, None], softcap)
         seen = (keys < skv)[None, :]
-        if CAUSAL:
-            seen = seen & (keys[None, :] <= rows[:, None] + offset)
+        if LAST:
+            seen = seen & (keys[None, :] <= rows[:, None] + last_seen)
+        if FIRST:
+            seen = seen & (keys[None, :] >= rows[:, None] + first_seen)
         if MASK != NO_MASK:
             inside = (rows < sq)[:, None] & (keys < skv)[None, :]
             entry_at = mask_at + start.to(tl.int64) * stride_mask_n

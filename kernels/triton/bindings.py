@@ -213,7 +213,8 @@ def quantized_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .attention import attention
 
-    return attention(q, k, v, mask, bottom_right, right == 0, scale, return_lse)
+    causal = right == 0
+    return attention(q, k, v, mask, bottom_right, causal, scale, return_lse, None, left, right, softcap)
 
 
 def quantized_attention_unsupported(
@@ -231,10 +232,6 @@ def quantized_attention_unsupported(
 ) -> str | None:
     if bits != 8:
         return f"bits={bits}: the Triton kernel has 8"
-    if left >= 0 or right > 0:
-        return "the Triton kernel has no window"
-    if softcap:
-        return "the Triton kernel has no softcap"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD:
         return f"a head of more than {MAX_HEAD}"
     return None

@@ -6,6 +6,8 @@
     more          2   quantize_tokens, linear_wide
 
 With K split over programs one more, which clears the partial sums.
+
+Constraints (`unsupported`): the storage layout is there (`weight`). Any number of tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +15,25 @@ from __future__ import annotations
 import torch
 import triton
 
+from . import autotune
 from .linear_finish import ACTIVATIONS
 from .linear_narrow import linear_narrow
 from .linear_tiles import NARROW_TOKENS, NarrowTiles, WideTiles, narrow_tiles, wide_tiles
 from .linear_wide import linear_wide
 from .numbers import capability, steps
 from .quantize_tokens import quantize_tokens
+
+
+def unsupported(
+    x: torch.Tensor, weight: torch.Tensor | None, weight_scale: torch.Tensor, *options: object
+) -> str | None:
+    """Why these kernels cannot take the arguments of `int8_linear`, or None."""
+    return "the weight is in the kernel layout of the CPU" if weight is None else None
+
+
+def _candidates(stored: WideTiles | NarrowTiles) -> list[WideTiles | NarrowTiles]:
+    tiles = autotune.neighbours(stored, block_n=(16, 32, 64, 128), warps=(4, 8), stages=(3, 4, 6, 8))
+    return tiles + (autotune.neighbours(stored, split_k=(1, 2, 4, 8, 16)) if isinstance(stored, NarrowTiles) else [])
 
 
 def linear(
@@ -41,7 +56,7 @@ def linear(
         x: [..., K], weight [N, K] int8 (last stride 1), weight_scale [N], bias [N], residual [..., N]: as the op has
         them.
         weight_sum: [N] int32, `weight.sum(1)`; computed here if needed and not given (asymmetric activations).
-        tile, fuse_quantizer: other than `linear_tiles` has; fusing needs one token.
+        tile, fuse_quantizer: other than `autotune` chooses, which starts from `linear_tiles`; fusing needs one token.
 
     Returns:
         [..., N]; `out_dtype=torch.int32` gives the exact sums.
@@ -63,8 +78,13 @@ def linear(
         residual = residual.reshape(m, n)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
     if tile is None:
-        choose = narrow_tiles if m <= NARROW_TOKENS else wide_tiles
-        tile = choose(capability(x), m, n, k)
+        sizes = f"{autotune.tokens(m)}x{k}x{n} {x.dtype} {act_bits} {act_symmetric} {activation} {fuse_quantizer}"
+        arguments = (x, weight, weight_scale, bias, weight_sum, act_bits, act_symmetric, activation, out_dtype)
+        stored = (narrow_tiles if m <= NARROW_TOKENS else wide_tiles)(capability(x), m, n, k)
+        tile = autotune.choose(
+            "int8_linear", sizes, stored, lambda: _candidates(stored),
+            lambda tile: linear(*arguments, residual, tile, fuse_quantizer), x,
+        )  # fmt: skip
     if isinstance(tile, NarrowTiles) and (m == 1 if fuse_quantizer is None else fuse_quantizer):
         a, scale, zero = rows, weight_scale, weight_scale  # the last two are not read
         quantize = True

@@ -31,6 +31,24 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def finish_floats(
+    y, rows, columns, m, n, BIAS, RESIDUAL, OUT, stride_residual,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of which y, float32 [rows, columns], has its scales already."""
+    inside_n = columns < n
+    inside = (rows < m)[:, None] & inside_n[None, :]
+    if HAS_BIAS:
+        y += tl.load(BIAS + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    y = activate(y, ACTIVATION)
+    if HAS_RESIDUAL:
+        at_residual = RESIDUAL + rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
+        y += tl.load(at_residual, mask=inside, other=0.0).to(tl.float32)
+    at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def finish(
     acc, rows, columns, m, n, scale, zero, WEIGHT_SCALE, WEIGHT_SUM, BIAS, RESIDUAL, OUT, stride_residual,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -46,10 +64,6 @@ def finish(
     else:
         weight_scale = tl.load(WEIGHT_SCALE + columns, mask=inside_n, other=0.0)
         y = acc.to(tl.float32) * scale[:, None] * weight_scale[None, :]
-        if HAS_BIAS:
-            y += tl.load(BIAS + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-        y = activate(y, ACTIVATION)
-        if HAS_RESIDUAL:
-            at_residual = RESIDUAL + rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
-            y += tl.load(at_residual, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=inside)
+        finish_floats(
+            y, rows, columns, m, n, BIAS, RESIDUAL, OUT, stride_residual, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+        )  # fmt: skip

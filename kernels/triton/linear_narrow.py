@@ -28,7 +28,7 @@ RANGE_BLOCK = tl.constexpr(2048)
 
 
 @triton.jit
-def _range_of_token(X, k, stride_k, BLOCK: tl.constexpr):
+def range_of_token(X, k, stride_k, BLOCK: tl.constexpr):
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     ok = tl.full([BLOCK], 1, tl.int1)
@@ -59,7 +59,7 @@ def linear_narrow(
     w_at = WEIGHT + tl.minimum(columns, n - 1).to(tl.int64)[:, None] * stride_w + ks[None, :]
     inside_m = (rows < m)[:, None]
     if QUANTIZE:
-        low, high, ok = _range_of_token(A, k, stride_ak, RANGE_BLOCK)
+        low, high, ok = range_of_token(A, k, stride_ak, RANGE_BLOCK)
         token_scale, inverse, token_zero = scale_of_range(low, high, ok, STEP, LOWEST, not HAS_ZERO)
         scale = tl.zeros([BLOCK_M], tl.float32) + token_scale
         zero = (tl.zeros([BLOCK_M], tl.float32) + token_zero).to(tl.int32)

@@ -13,7 +13,7 @@ import triton_cases
 triton_cases.require()
 
 from tcompress.kernels.triton import quantize_tokens as quantizer  # noqa: E402
-from tcompress.kernels.triton.linear import linear  # noqa: E402
+from tcompress.kernels.triton.linear import linear, unsupported  # noqa: E402
 from tcompress.kernels.triton.linear_tiles import NarrowTiles, WideTiles, narrow_tiles, wide_tiles  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
@@ -135,3 +135,12 @@ def test_tiles_hold_the_tokens(capability, m, n):
         assert narrow_tiles(capability, m, n, 4096).block_m >= m
     else:
         assert wide_tiles(capability, m, n, 4096).block_m >= 64
+
+
+def test_unsupported_says_why():
+    x, weight, scale = arguments(2, 3, 16, torch.float32)
+    assert unsupported(x, weight, scale) is None
+    assert "layout" in unsupported(x, None, scale)
+    assert quantizer.unsupported(x, 8, True) is None
+    assert quantizer.unsupported(x, 7, False) is None
+    assert "8 bits" in quantizer.unsupported(x, 8, False)
