@@ -1,6 +1,6 @@
 """Compress trained Transformers and run them on fused int8 kernels, as drop-in torch modules."""
 
-from tcompress import nn, ops, triton_backend  # noqa: F401  the last: its kernels are registered
+from tcompress import cuda_backend, nn, ops, triton_backend  # noqa: F401  backends: their kernels are registered
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save

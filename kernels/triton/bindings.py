@@ -18,6 +18,7 @@ Maybe = torch.Tensor | None
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAX_HEAD = 256
+LEAST_GROUP = 32  # of an int4 weight
 IN_CPU_LAYOUT = "the weight is in the layout of the CPU kernels: module.to('cuda') brings it back"
 
 
@@ -195,7 +196,47 @@ def _multiply(
     return y.view(*x.shape[:-1], n)
 
 
-# ---- quantized_attention --------------------------------------------------------------------------------------------
+# ---- int4_linear ----------------------------------------------------------------------------------------------------
+
+
+def int4_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    zero_point: Maybe,
+    bias: Maybe,
+    kernel_weight: Maybe,
+    group_size: int,
+    act_bits: int | None,
+    act_symmetric: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+    residual: Maybe = None,
+) -> torch.Tensor:
+    from .int4_linear import int4_linear
+
+    operands = (x, weight, weight_scale, zero_point, bias)
+    return int4_linear(*operands, group_size, act_bits, act_symmetric, activation, out_dtype, residual)
+
+
+def int4_linear_unsupported(
+    x: torch.Tensor,
+    weight: Maybe,
+    weight_scale: torch.Tensor | None = None,
+    zero_point: Maybe = None,
+    bias: Maybe = None,
+    kernel_weight: Maybe = None,
+    group_size: int = LEAST_GROUP,
+    *options: object,
+) -> str | None:
+    if weight is None:
+        return IN_CPU_LAYOUT
+    if group_size < x.shape[-1] and (group_size < LEAST_GROUP or group_size & (group_size - 1)):
+        return f"group_size={group_size}: the Triton kernels have powers of two from {LEAST_GROUP} on"
+    return None
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 
 def quantized_attention(
@@ -237,11 +278,53 @@ def quantized_attention_unsupported(
     return None
 
 
+def kv_cache_attention(
+    q: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    k_mean: torch.Tensor,
+    mask: Maybe,
+    length: int,
+    head_dim_v: int,
+    bottom_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .decode import kv_cache_attention
+
+    cache = (k_data, k_scale, v_data, v_scale, k_mean)
+    return kv_cache_attention(
+        q, *cache, mask, length, head_dim_v, bottom_right, left, right, softcap, scale, return_lse
+    )
+
+
+def kv_cache_attention_unsupported(
+    q: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    k_mean: torch.Tensor,
+    mask: Maybe = None,
+    length: int = 0,
+    head_dim_v: int = 0,
+    *options: object,
+) -> str | None:
+    return f"a head of more than {MAX_HEAD}" if max(q.shape[3], head_dim_v) > MAX_HEAD else None
+
+
 KERNELS = {
     "quantize_per_token": Kernel(quantize_per_token, quantize_per_token_unsupported),
     "int8_linear": Kernel(int8_linear, int8_linear_unsupported),
     "int8_linear_quantized": Kernel(int8_linear_quantized, int8_linear_quantized_unsupported),
     "int8_linear_requantize": Kernel(int8_linear_requantize, int8_linear_requantize_unsupported),
     "int8_multi_linear": Kernel(int8_multi_linear, int8_multi_linear_unsupported),
+    "int4_linear": Kernel(int4_linear, int4_linear_unsupported),
+    "kv_cache_attention": Kernel(kv_cache_attention, kv_cache_attention_unsupported),
     "quantized_attention": Kernel(quantized_attention, quantized_attention_unsupported),
 }

@@ -38,7 +38,6 @@ from .numbers import all_finite, reciprocal, round_half_even, steps
 from .tiles import PROCESSORS, TileConfig
 
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_HEAD = 256
 #: Tokens of a block of the cache.
 BLOCK_N = tl.constexpr(64)
 TOKENS_A_BLOCK = 64
@@ -215,24 +214,6 @@ def decode_reduce(
     if HAS_LSE:
         lse = (top + tl.math.log2(total)) * LN_2 + shift
         tl.store(LSE + (b * heads + head) * sq + query, tl.where(empty, float("-inf"), lse))
-
-
-def unsupported(
-    q: torch.Tensor,
-    k_data: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_data: torch.Tensor,
-    v_scale: torch.Tensor,
-    k_mean: torch.Tensor,
-    mask: torch.Tensor | None,
-    length: int,
-    head_dim_v: int,
-    *options: object,
-) -> str | None:
-    """Why this kernel cannot take the arguments of `kv_cache_attention`, or None."""
-    if max(q.shape[3], head_dim_v) > MAX_HEAD:
-        return f"a head of more than {MAX_HEAD}"
-    return None
 
 
 def decode_tile(rows: int, head: int, tiles: int, blocks: int) -> TileConfig:

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from . import autotune
+from .bindings import LEAST_GROUP
 from .int4_narrow import int4_narrow
 from .int4_wide import int4_wide
 from .linear_finish import ACTIVATIONS
@@ -27,27 +28,8 @@ from .tiles import PROCESSORS, TileConfig
 
 #: Up to here int4_narrow runs: one tile of tokens.
 NARROW_TOKENS = 32
-LEAST_GROUP = 32
 #: Products that a split should have at least.
 LEAST_PART = 512
-
-
-def unsupported(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    weight_scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    kernel_weight: torch.Tensor | None,
-    group_size: int,
-    *options: object,
-) -> str | None:
-    """Why these kernels cannot take the arguments of `int4_linear`, or None."""
-    if weight is None:
-        return "the weight is in the kernel layout of the CPU"
-    if group_size < x.shape[-1] and (group_size < LEAST_GROUP or group_size & (group_size - 1)):
-        return f"group_size={group_size}: the Triton kernels have powers of two from {LEAST_GROUP} on"
-    return None
 
 
 def int4_tile(capability: int, m: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> TileConfig:

@@ -12,7 +12,8 @@ import triton_cases
 triton_cases.require()
 
 from guarded import guarded, outcome  # noqa: E402
-from tcompress.kernels.triton.decode import decode_tile, kv_cache_attention, unsupported  # noqa: E402
+from tcompress.kernels.triton.bindings import kv_cache_attention_unsupported as unsupported  # noqa: E402
+from tcompress.kernels.triton.decode import decode_tile, kv_cache_attention  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401

@@ -13,7 +13,8 @@ import triton_cases
 triton_cases.require()
 
 from guarded import guarded, outcome  # noqa: E402
-from tcompress.kernels.triton.int4_linear import int4_linear, int4_tile, unsupported  # noqa: E402
+from tcompress.kernels.triton.bindings import int4_linear_unsupported as unsupported  # noqa: E402
+from tcompress.kernels.triton.int4_linear import int4_linear, int4_tile  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
