@@ -1,0 +1,2 @@
+from .launch import Buffer, launch, load, run_ptx
+from .errors import *

@@ -1,0 +1,15 @@
+"""The instructions. Importing a module registers its decoders."""
+
+from . import arithmetic, asynchronous, convert, floating, integer, logic, matrix, memory_access, warp
+
+__all__ = [
+    "arithmetic",
+    "asynchronous",
+    "convert",
+    "floating",
+    "integer",
+    "logic",
+    "matrix",
+    "memory_access",
+    "warp",
+]

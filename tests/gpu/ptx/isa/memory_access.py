@@ -1,0 +1,271 @@
+"""ld, st, atom, red, ldmatrix, fences.
+
+ISA 9.7.9 (data movement), 9.7.13 (fences, atomics). What a load says about caches is checked for being a known word and
+has no effect; so have acquire and release, for all is done in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import DivergentWarp
+from ..machine import Execute, Machine
+from ..operands import addresses, items, sink, source
+from ..program import Address, Instruction, Kernel, Modifiers, Sink, Symbol
+from ..registry import opcode
+from ..types import B32, B64, TYPES, Array, Mask
+from .common import no_operation, scalar_type
+
+_CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
+_HINTS = (
+    "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::64B",
+    "L2::128B", "L2::256B",
+)  # fmt: skip
+_ORDER = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel")
+_SCOPES = ("cta", "cluster", "gpu", "sys")
+
+
+def space_of(ins: Instruction, mods: Modifiers) -> str:
+    if mods.flag("shared", "shared::cta"):
+        return "shared"
+    if mods.flag("global"):
+        return "global"
+    raise ins.unknown("state space: only global, shared and, of loads, param are modelled")
+
+
+def _words(mods: Modifiers, load: bool) -> bool:
+    """Takes what says how memory is accessed; whether a cache policy follows the operands."""
+    order = mods.any_of(*(_ORDER[:4] if load else (*_ORDER[:3], "release")))
+    if order not in (None, "weak", "volatile"):
+        mods.one_of(*_SCOPES)
+    for word in (*_CACHE, *_HINTS):
+        mods.flag(word)
+    return mods.flag("L2::cache_hint")
+
+
+def _vector_length(ins: Instruction, mods: Modifiers, operands: int) -> int:
+    n = int((mods.any_of("v2", "v4", "v8") or "v1")[1:])
+    if n != operands:
+        raise ins.unknown(f"a vector of {operands} for .v{n}")
+    return n
+
+
+@opcode("ld")
+def _load(ins: Instruction, kernel: Kernel) -> Execute:
+    mods = Modifiers(ins)
+    type_ = scalar_type(ins, mods.last())
+    if mods.flag("param"):
+        return _load_parameter(ins, mods, type_.name, kernel)
+    space = space_of(ins, mods)
+    policy = _words(mods, load=True)
+    operands = ins.expect(3 if policy else 2)
+    targets = items(operands[0])
+    n = _vector_length(ins, mods, len(targets))
+    mods.end()
+    if policy:
+        source(ins, operands[2], B64)
+    writes = [sink(ins, t, type_, wider=True) for t in targets]
+    address = addresses(ins, operands[1], kernel)
+    width, raw = type_.bits // 8, type_.raw
+
+    def execute(m: Machine, mask: Mask) -> None:
+        threads = m.active(mask)
+        at = address(m)[threads]
+        if space == "global":
+            values = m.memory.load(at, n * width, width, threads, m.block_number)
+        else:
+            values = m.shared.load(at, n * width, width, threads)
+        for i, write in enumerate(writes):
+            if mask is None:
+                write(m, np.ascontiguousarray(values[:, i]), mask)
+            else:
+                whole = np.zeros(m.threads, raw)
+                whole[threads] = values[:, i]
+                write(m, whole, mask)
+
+    return execute
+
+
+def _load_parameter(ins: Instruction, mods: Modifiers, name: str, kernel: Kernel) -> Execute:
+    destination, place = ins.expect(2)
+    mods.end()
+    parameters = {p.name: p for p in kernel.parameters}
+    if not isinstance(place, Address) or not isinstance(place.base, Symbol) or place.offset:
+        raise ins.unknown("only whole parameters are modelled")
+    parameter = parameters.get(place.base.name)
+    type_ = TYPES[name]
+    if parameter is None or parameter.type.bits != type_.bits:
+        raise ins.unknown(f"no parameter {place.base.name} of {type_.bits} bits")
+    write, key = sink(ins, destination, type_, wider=True), parameter.name
+    return lambda m, mask: write(m, np.full(m.threads, m.arguments[key]).view(type_.dtype), mask)
+
+
+@opcode("st")
+def _store(ins: Instruction, kernel: Kernel) -> Execute:
+    mods = Modifiers(ins)
+    type_ = scalar_type(ins, mods.last())
+    space = space_of(ins, mods)
+    policy = _words(mods, load=False)
+    operands = ins.expect(3 if policy else 2)
+    values = items(operands[1])
+    _vector_length(ins, mods, len(values))
+    mods.end()
+    if policy:
+        source(ins, operands[2], B64)
+    reads = [source(ins, v, type_, wider=True) for v in values]
+    address = addresses(ins, operands[0], kernel)
+    raw = type_.raw
+
+    def execute(m: Machine, mask: Mask) -> None:
+        threads = m.active(mask)
+        columns = [np.broadcast_to(read(m).view(raw), (m.threads,))[threads] for read in reads]
+        at, rows = address(m)[threads], np.stack(columns, axis=1)
+        if space == "global":
+            m.memory.store(at, rows, threads, m.block_number)
+        else:
+            m.shared.store(at, rows, threads)
+
+    return execute
+
+
+def _plus(old: Array, value: Array) -> Array:
+    return old + value
+
+
+_ATOMIC: dict[str, Callable[..., Array]] = {
+    "add": _plus,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, value: value,
+}
+
+
+@opcode("atom", "red")
+def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
+    """In global memory, one thread after another in the order of their numbers."""
+    mods = Modifiers(ins)
+    type_ = scalar_type(ins, mods.last())
+    if mods.any_of(*_ORDER[2:]):
+        mods.one_of(*_SCOPES)
+    else:
+        mods.any_of(*_SCOPES)
+    if space_of(ins, mods) != "global":
+        raise ins.unknown("atomics are modelled in global memory alone")
+    name = mods.one_of(*_ATOMIC, "cas")
+    mods.end()
+    returns = ins.opcode == "atom"
+    count = (3 if returns else 2) + (name == "cas")
+    operands = list(ins.expect(count))
+    if type_.bits < 32 or (name == "cas" and not returns) or (type_.is_float and name != "add"):
+        raise ins.unknown(f"this atomic of .{type_.name} is not modelled")
+    write = sink(ins, operands.pop(0) if returns else Sink(), type_)
+    address = addresses(ins, operands[0], kernel)
+    reads = [source(ins, o, type_) for o in operands[1:]]
+    combine = _ATOMIC.get(name)
+    width, dtype = type_.bits // 8, type_.dtype
+
+    def execute(m: Machine, mask: Mask) -> None:
+        at = address(m)
+        values = [np.broadcast_to(read(m), (m.threads,)) for read in reads]
+        old = np.zeros(m.threads, dtype)
+        for thread in m.active(mask):
+            view, index = m.memory.cell(int(at[thread]), width, int(thread))
+            typed = view.view(dtype)
+            old[thread] = before = typed[index]
+            if combine is None:
+                typed[index] = values[1][thread] if before == values[0][thread] else before
+            else:
+                typed[index] = combine(before, values[0][thread])
+        write(m, old, mask)
+
+    return execute
+
+
+@opcode("ldmatrix")
+def _ldmatrix(ins: Instruction, kernel: Kernel) -> Execute:
+    """Matrices of 8 rows of 16 bytes; thread i gives the address of row i (of matrix i / 8), thread (row, pair) gets
+    two 16-bit elements of a row, or with .trans of a column. ISA 9.7.14.5.15."""
+    destination, place = ins.expect(2)
+    mods = Modifiers(ins)
+    mods.sequence("sync", "aligned", "m8n8")
+    n = int(mods.one_of("x1", "x2", "x4")[1:])
+    trans = mods.flag("trans")
+    if not mods.flag("shared", "shared::cta"):
+        raise ins.unknown("state space: only shared is modelled")
+    mods.sequence("b16")
+    mods.end()
+    targets = items(destination)
+    if len(targets) != n:
+        raise ins.unknown(f"{len(targets)} registers for .x{n}")
+    writes = [sink(ins, t, B32) for t in targets]
+    address = addresses(ins, place, kernel)
+
+    def execute(m: Machine, mask: Mask) -> None:
+        warps = whole_warps(m, mask, "ldmatrix")
+        # [warps, n, 8] rows, asked for by the threads whose addresses they are
+        threads = (warps[:, None] * 32 + np.arange(8 * n)).ravel()
+        at = address(m)[threads]
+        loaded = m.shared.load(at, 16, 2, threads).reshape(-1, n, 8, 8)
+        if trans:
+            loaded = loaded.transpose(0, 1, 3, 2)
+        values = np.ascontiguousarray(loaded).view(np.uint32).reshape(-1, n, 32)
+        for i, write in enumerate(writes):
+            write(m, spread_warps(m, warps, values[:, i]), mask)
+
+    return execute
+
+
+def whole_warps(m: Machine, mask: Mask, what: str) -> Array:
+    """Numbers of the warps that take part, all of whose 32 threads have to."""
+    if m.threads % 32:
+        raise DivergentWarp(f"{what} in a block of {m.threads} threads: the last warp is not whole")
+    if mask is None:
+        return np.arange(m.threads // 32)
+    lanes = mask.reshape(-1, 32)
+    some = lanes.any(1)
+    partial = some & ~lanes.all(1)
+    if partial.any():
+        raise DivergentWarp(f"{what}: warp {int(np.flatnonzero(partial)[0])} is not all there")
+    return np.flatnonzero(some)
+
+
+def spread_warps(m: Machine, warps: Array, values: Array) -> Array:
+    """[warps, 32] to all threads of the block; those of other warps get 0, and are masked out."""
+    if len(warps) * 32 == m.threads:
+        return values.reshape(-1)
+    out = np.zeros((m.threads // 32, 32), values.dtype)
+    out[warps] = values
+    return out.reshape(-1)
+
+
+@opcode("fence", "membar")
+def _fence(ins: Instruction, kernel: Kernel) -> Execute:
+    ins.expect(0)
+    mods = Modifiers(ins)
+    if ins.opcode == "membar":
+        mods.one_of("cta", "gl", "sys")
+    else:
+        mods.any_of("sc", "acq_rel")
+        mods.one_of(*_SCOPES)
+    mods.end()
+    return no_operation
+
+
+@opcode("createpolicy")
+def _policy(ins: Instruction, kernel: Kernel) -> Execute:
+    """A hint to the second-level cache, here a number without meaning."""
+    operands = ins.expect(1, 2)
+    mods = Modifiers(ins)
+    mods.sequence("fractional")
+    mods.one_of("L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged")
+    mods.sequence("b64")
+    mods.end()
+    write = sink(ins, operands[0], B64)
+    if len(operands) == 2:
+        source(ins, operands[1], TYPES["f32"])
+    return lambda m, mask: write(m, np.zeros(m.threads, np.uint64), mask)
