@@ -165,12 +165,14 @@ def attention(
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
     mask_ptr = x.q if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     m_blocks, n_blocks = x.q.shape[1] // tile.block_m, x.k_scale.shape[1]
+    # an option that only NVIDIA's compiler knows: not even None may be given to another
+    bound = {} if tile.registers is None else {"maxnreg": tile.registers}
     attend[(b * heads * m_blocks,)](
         x.q, x.q_scale, x.k, x.k_scale, v, mask_ptr, x.q_scale if x.shift is None else x.shift, out, lse,
         sq, skv, dv, heads, heads // kv_heads, m_blocks, n_blocks, skv - sq if bottom_right else 0, scale,
         *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
         CAUSAL=causal, MASK=kind.value, HAS_LSE=return_lse,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        num_warps=tile.warps, num_stages=tile.stages, **bound,
     )  # fmt: skip
     return out, lse
