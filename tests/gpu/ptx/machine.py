@@ -93,9 +93,19 @@ class Machine:
         return {name: value.astype(np.uint32) for name, value in out.items()}
 
     def read(self, index: int) -> Array:
+        """A register's value. Of one that nothing has written it is poison: compilers read such registers where the
+        result does not depend on them (LLVM's undef), so that this alone is no defect."""
         value = self.registers[index]
         if value is None:
-            raise Uninitialised("a register that no thread has written")
+            raw = self.decoded.kernel.register_types[index].raw
+            return np.full(self.threads, POISON_BITS & ((1 << 8 * raw.itemsize) - 1), raw)
+        return value
+
+    def read_written(self, index: int) -> Array:
+        """A register that says where to go or what to touch."""
+        value = self.registers[index]
+        if value is None:
+            raise Uninitialised("a predicate or an address that no thread has written")
         return value
 
     def write(self, index: int, value: Array, mask: Mask) -> None:
@@ -106,8 +116,12 @@ class Machine:
                 old = value.dtype.type(POISON_BITS & ((1 << 8 * value.itemsize) - 1)) if value.dtype != bool else False
             value = np.where(mask, value, old)
         elif value.ndim == 0:
-            value = np.broadcast_to(value, (self.threads,))
+            value = np.full(self.threads, value)
         self.registers[index] = value
+
+    def vector(self, value: Array) -> Array:
+        """[threads], of a vector or of a constant."""
+        return value if value.ndim else np.full(self.threads, value)
 
     def active(self, mask: Mask) -> NDArray[np.int64]:
         """Numbers of the threads that take part."""

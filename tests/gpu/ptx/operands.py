@@ -43,7 +43,7 @@ def source(ins: Instruction, operand: Operand, type_: PtxType, wider: bool = Fal
         if type_.kind == "p" or held.kind == "p":
             if type_.kind != held.kind:
                 raise ins.unknown(f"{operand.name} is .{held.name}, expected .{type_.name}")
-            return lambda m: m.read(index)
+            return lambda m: m.read_written(index)
         if held.bits == type_.bits:
             return lambda m: m.read(index).view(dtype)
         if wider and held.bits > type_.bits:
@@ -60,7 +60,7 @@ def source(ins: Instruction, operand: Operand, type_: PtxType, wider: bool = Fal
         return lambda m: m.special[name].view(dtype)
     if isinstance(operand, Not) and type_.kind == "p" and operand.operand.type.kind == "p":
         index = operand.operand.index
-        return lambda m: ~m.read(index)
+        return lambda m: ~m.read_written(index)
     raise ins.unknown(f"operand {operand!r}: expected a scalar of .{type_.name}")
 
 
@@ -111,7 +111,7 @@ def addresses(ins: Instruction, operand: Operand, kernel: Kernel) -> Callable[[M
         if base.type.kind == "p" or base.type.bits < 32:
             raise ins.unknown(f"{base.name} holds no address")
         index = base.index
-        return lambda m: m.read(index).astype(np.int64) + offset
+        return lambda m: m.read_written(index).astype(np.int64) + offset
     fixed = (variable(ins, base, kernel) if isinstance(base, Symbol) else base.value) + offset
     return lambda m: np.full(m.threads, fixed, np.int64)
 
@@ -121,8 +121,8 @@ def guard(ins: Instruction) -> Callable[[Machine], NDArray[np.bool_]] | None:
         return None
     index = ins.guard.index
     if ins.guard_negated:
-        return lambda m: ~m.read(index)  # type: ignore[return-value]
-    return lambda m: m.read(index)  # type: ignore[return-value]
+        return lambda m: ~m.read_written(index)  # type: ignore[return-value]
+    return lambda m: m.read_written(index)  # type: ignore[return-value]
 
 
 __all__ = ["GLOBAL_BASE", "Read", "Write", "addresses", "constant", "guard", "items", "raw_bits", "sink", "source"]

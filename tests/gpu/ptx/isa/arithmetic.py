@@ -118,7 +118,7 @@ def _divide(ins: Instruction, kernel: Kernel) -> Execute:
     remainder = ins.opcode == "rem"
 
     def execute(m: Machine, mask: Mask) -> None:
-        a, b = (np.broadcast_to(x, (m.threads,)) for x in (read_a(m), read_b(m)))
+        a, b = (m.vector(x) for x in (read_a(m), read_b(m)))
         zero = b == 0
         if zero[m.active(mask)].any():
             raise ins.unknown("division by zero has no defined result")

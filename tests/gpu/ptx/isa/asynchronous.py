@@ -65,7 +65,7 @@ def _issue(ins: Instruction, mods: Modifiers, kernel: Kernel) -> Execute:
         if third is None:
             sizes = np.full(threads.size, size, np.int64)
         else:
-            given = np.broadcast_to(third(m), (m.threads,))[threads]
+            given = m.vector(third(m))[threads]
             sizes = np.where(given, 0, size) if ignores else given.astype(np.int64)
             if (sizes > size).any():
                 raise ins.unknown(f"src-size {int(sizes.max())} is more than cp-size {size}")

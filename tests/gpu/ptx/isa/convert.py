@@ -51,7 +51,7 @@ def _unpack(ins: Instruction, parts: Vector, type_: PtxType) -> Execute:
     def execute(m: Machine, mask: Mask) -> None:
         columns = np.ascontiguousarray(np.atleast_1d(read(m))).view(part.dtype).reshape(-1, len(writes))
         for i, write in enumerate(writes):
-            write(m, np.broadcast_to(columns[:, i], (m.threads,)).copy(), mask)
+            write(m, m.vector(columns[:, i].copy() if len(columns) > 1 else columns[0, i]), mask)
 
     return execute
 

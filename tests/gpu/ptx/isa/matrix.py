@@ -89,7 +89,7 @@ def _mma(ins: Instruction, kernel: Kernel) -> Execute:
 
     def gather(m: Machine, reads: list[Callable[[Machine], Array]], warps: Array) -> Array:
         """[warps, registers, 32]"""
-        rows = np.stack([np.broadcast_to(read(m), (m.threads,)) for read in reads])
+        rows = np.stack([m.vector(read(m)) for read in reads])
         return rows.reshape(len(reads), -1, 32).transpose(1, 0, 2)[warps]
 
     def execute(m: Machine, mask: Mask) -> None:

@@ -120,7 +120,7 @@ def _store(ins: Instruction, kernel: Kernel) -> Execute:
 
     def execute(m: Machine, mask: Mask) -> None:
         threads = m.active(mask)
-        columns = [np.broadcast_to(read(m).view(raw), (m.threads,))[threads] for read in reads]
+        columns = [m.vector(read(m).view(raw))[threads] for read in reads]
         at, rows = address(m)[threads], np.stack(columns, axis=1)
         if space == "global":
             m.memory.store(at, rows, threads, m.block_number)
@@ -171,7 +171,7 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
 
     def execute(m: Machine, mask: Mask) -> None:
         at = address(m)
-        values = [np.broadcast_to(read(m), (m.threads,)) for read in reads]
+        values = [m.vector(read(m)) for read in reads]
         old = np.zeros(m.threads, dtype)
         for thread in m.active(mask):
             view, index = m.memory.cell(int(at[thread]), width, int(thread))

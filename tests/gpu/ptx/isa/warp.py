@@ -24,7 +24,7 @@ _LANES = np.arange(32)
 
 def _lanes(m: Machine, values: Array) -> Array:
     """[warps, 32]; lanes beyond the block's end are 0."""
-    values = np.broadcast_to(values, (m.threads,))
+    values = m.vector(values)
     if m.lanes != m.threads:
         values = np.concatenate([values, np.zeros(m.lanes - m.threads, values.dtype)])
     return values.reshape(-1, 32)
