@@ -32,7 +32,7 @@ def _statements(body: str, line: int) -> Iterator[tuple[int, str]]:
     current: list[str] = []
     start = line
     depth = 0
-    for c in body:
+    for i, c in enumerate(body):
         if c == "\n":
             line += 1
         text = "".join(current).strip()
@@ -49,7 +49,7 @@ def _statements(body: str, line: int) -> Iterator[tuple[int, str]]:
         elif c == ";":
             yield start, " ".join(text.split())
             current = []
-        elif c == ":" and re.fullmatch(_NAME, text):
+        elif c == ":" and body[i + 1 : i + 2] != ":" and re.fullmatch(_NAME, text):
             yield start, text + ":"
             current = []
         elif c == "\n" and text.startswith((".loc", ".file", ".section")):

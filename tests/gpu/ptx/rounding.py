@@ -94,11 +94,16 @@ def _with_nan(chosen: Array, a: Array, b: Array, nan: bool) -> Array:
 
 
 def to_integer(x: Array, rounding: str, dtype: np.dtype) -> Array:
-    """Float to integer: out of range gives the nearest bound, NaN gives 0 (ISA, cvt)."""
+    """Float to integer: out of range gives the nearest bound; NaN gives 0, or the top bit alone in 64 bits or from
+    float64 (ISA, cvt)."""
     wide = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](x.astype(np.float64))
     info = np.iinfo(dtype)
-    # 2^63 and 2^64 are exact in float64, their predecessors are not
-    low, high = float(info.min), float(info.max) + (0 if info.bits < 64 else 1)
-    inside = np.where(np.isnan(wide) | (wide < low) | (wide >= high), 0, wide).astype(dtype)
+    # of 64 bits the highest integer is no float64; the one after it is, and is out of range
+    low, high = float(info.min), float(info.max)
+    nan = np.isnan(wide)
+    inside = np.where(nan | (wide < low) | (wide >= high), 0, wide).astype(dtype)
     out = np.where(wide < low, dtype.type(info.min), np.where(wide >= high, dtype.type(info.max), inside))
+    if nan.any() and (info.bits == 64 or x.dtype.itemsize == 8):
+        top = np.array(1 << info.bits - 1, f"u{dtype.itemsize}").view(dtype)
+        out = np.where(nan, top, out)
     return out.astype(dtype)

@@ -1,6 +1,6 @@
 """The instructions. Importing a module registers its decoders."""
 
-from . import arithmetic, asynchronous, convert, floating, integer, logic, matrix, memory_access, warp
+from . import arithmetic, asynchronous, convert, floating, integer, logic, matrix, matrix_access, memory_access, warp
 
 __all__ = [
     "arithmetic",
@@ -10,6 +10,7 @@ __all__ = [
     "integer",
     "logic",
     "matrix",
+    "matrix_access",
     "memory_access",
     "warp",
 ]

@@ -15,7 +15,7 @@ from ..program import Instruction, Kernel, Modifiers
 from ..registry import opcode
 from ..rounding import maximum, minimum
 from ..types import TYPES, Array, Mask, PtxType
-from .common import PACKED, flushing, packed, pointwise, saturating, scalar_type, widened
+from .common import PACKED, both_halves, flushing, pointwise, saturating, scalar_type, widened
 
 _EXACT: dict[str, Callable[..., Array]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
@@ -26,11 +26,10 @@ def _float(ins: Instruction, mods: Modifiers, name: str, compute: Callable[..., 
         mods.flag("rn")
     if name in PACKED or name in ("f16", "bf16"):
         element = PACKED.get(name) or TYPES[name]
+        ftz = name == "f32x2" and mods.flag("ftz")
         mods.end()
-        compute = widened(element, compute)
-        if name in PACKED:
-            return pointwise(ins, TYPES["b32"], packed(element, compute))
-        return pointwise(ins, element, compute)
+        compute = flushing(widened(element, compute), ftz)
+        return both_halves(ins, element, compute) if name in PACKED else pointwise(ins, element, compute)
     if name == "f32":
         ftz, sat = mods.flag("ftz"), rounds and mods.flag("sat")
         mods.end()
@@ -158,7 +157,7 @@ def _sign(ins: Instruction, kernel: Kernel) -> Execute:
     ins.expect(2)
     mods = Modifiers(ins)
     name = mods.last()
-    if _is_float(name):
+    if _is_float(name) and name != "f32x2":
         element = PACKED.get(name) or scalar_type(ins, name)
         ftz = name == "f32" and mods.flag("ftz")
         mods.end()
@@ -169,7 +168,7 @@ def _sign(ins: Instruction, kernel: Kernel) -> Execute:
             return (bits ^ sign if ins.opcode == "neg" else bits & ~sign).view(element.dtype)
 
         if name in PACKED:
-            return pointwise(ins, TYPES["b32"], packed(element, flip))
+            return both_halves(ins, element, flip)
         return pointwise(ins, element, flushing(flip, ftz))
     mods.end()
     type_ = scalar_type(ins, name)

@@ -13,8 +13,8 @@ from ..program import Instruction, Modifiers, Operand
 from ..rounding import flush, narrow_bf16, widen_bf16
 from ..types import TYPES, Array, Mask, PtxType
 
-#: A type of two 16-bit floats in a 32-bit register -> the type of each.
-PACKED = {"f16x2": TYPES["f16"], "bf16x2": TYPES["bf16"]}
+#: Two floats in one register: the type of each. (.f32x2: sm_100 and later)
+PACKED = {"f16x2": TYPES["f16"], "bf16x2": TYPES["bf16"], "f32x2": TYPES["f32"]}
 
 
 def scalar_type(ins: Instruction, name: str) -> PtxType:
@@ -60,14 +60,15 @@ def widened(type_: PtxType, compute: Callable[..., Array]) -> Callable[..., Arra
     return compute
 
 
-def packed(type_: PtxType, compute: Callable[..., Array]) -> Callable[..., Array]:
-    """On both halves of 32-bit registers; `compute` takes and gives arrays of `type_.dtype`."""
+def both_halves(ins: Instruction, element: PtxType, compute: Callable[..., Array]) -> Execute:
+    """`pointwise` on registers of two elements; `compute` takes and gives arrays of `element.dtype`."""
+    container = TYPES[f"b{2 * element.bits}"]
 
     def both(*xs: Array) -> Array:
-        halves = [np.atleast_1d(x).view(type_.dtype).reshape(-1, 2) for x in xs]
-        return np.ascontiguousarray(compute(*halves)).view(np.uint32).reshape(-1)
+        halves = [np.atleast_1d(x).view(element.dtype).reshape(-1, 2) for x in xs]
+        return np.ascontiguousarray(compute(*halves)).view(container.dtype).reshape(-1)
 
-    return both
+    return pointwise(ins, container, both)
 
 
 def flushing(compute: Callable[..., Array], ftz: bool) -> Callable[..., Array]:

@@ -15,13 +15,16 @@ from ..machine import Execute
 from ..program import Instruction, Kernel, Modifiers
 from ..registry import opcode
 from ..rounding import fma_f16, fma_f32, narrow_bf16_from_f64, round_to_odd_sum, widen_bf16
-from ..types import F32, TYPES, Array
-from .common import PACKED, flushing, packed, pointwise, saturating, scalar_type
+from ..types import F32, Array
+from .common import PACKED, both_halves, flushing, pointwise, saturating, scalar_type
 
 
 def _fma_bf16(a: Array, b: Array, c: Array) -> Array:
     a, b, c = (widen_bf16(x).astype(np.float64) for x in (a, b, c))
     return narrow_bf16_from_f64(round_to_odd_sum(*np.broadcast_arrays(a * b, c)))
+
+
+_FMA: dict[str, Callable[..., Array]] = {"f32": fma_f32, "f16": fma_f16, "bf16": _fma_bf16}
 
 
 @opcode("fma")
@@ -34,14 +37,13 @@ def _fma(ins: Instruction, kernel: Kernel) -> Execute:
         ftz, sat = mods.flag("ftz"), mods.flag("sat")
         mods.end()
         return pointwise(ins, F32, saturating(flushing(fma_f32, ftz), sat))
-    mods.end()
     element = PACKED.get(name) or scalar_type(ins, name)
-    if element.bits != 16 or not element.is_float:
+    ftz = name == "f32x2" and mods.flag("ftz")
+    mods.end()
+    if element.name not in _FMA:
         raise ins.unknown(f"type .{name} is not modelled here")
-    compute = _fma_bf16 if element.kind == "bf" else fma_f16
-    if name in PACKED:
-        return pointwise(ins, TYPES["b32"], packed(element, compute))
-    return pointwise(ins, element, compute)
+    compute = flushing(_FMA[element.name], ftz)
+    return both_halves(ins, element, compute) if name in PACKED else pointwise(ins, element, compute)
 
 
 def _in_f64(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -53,11 +53,14 @@ def _bfe(ins: Instruction, kernel: Kernel) -> Execute:
 
     def extract(x: Array, p: Array, n: Array) -> Array:
         wide = np.asarray(x.view(type_.raw)).astype(np.uint64)
-        at, ones = _field(p, n, type_.bits)
+        at, _ = _field(p, n, type_.bits)
+        # of a field that reaches beyond the top bit there is only what is below
+        there = np.minimum(np.asarray(n & np.uint32(255)).astype(np.int64), np.maximum(type_.bits - at.astype(np.int64), 0))
+        _, ones = _field(p, there.astype(np.uint32), type_.bits)
         out = np.where(at > top, np.uint64(0), wide >> np.minimum(at, top)) & ones
         if signed:
             last = np.minimum(at + np.asarray(n & np.uint32(255)).astype(np.uint64) - np.uint64(1), top)
-            negative = ((wide >> last) & np.uint64(1) == 1) & (ones != 0)
+            negative = ((wide >> last) & np.uint64(1) == 1) & (n & np.uint32(255) != 0)
             out = np.where(negative, out | ~ones, out)
         return out.astype(type_.raw).view(type_.dtype)
 

@@ -24,7 +24,7 @@ from ..program import Instruction, Kernel, Modifiers
 from ..registry import opcode
 from ..rounding import widen_bf16
 from ..types import B32, F32, S32, Array, Mask
-from .memory_access import spread_warps, whole_warps
+from .matrix_access import spread_warps, whole_warps
 
 #: types of A and B -> elements in a register, and how they become float64
 _ELEMENTS: dict[str, tuple[int, Callable[[Array], Array]]] = {

@@ -1,4 +1,4 @@
-"""ld, st, atom, red, ldmatrix, fences.
+"""ld, st, atom, red, fences.
 
 ISA 9.7.9 (data movement), 9.7.13 (fences, atomics). What a load says about caches is checked for being a known word and
 has no effect; so have acquire and release, for all is done in one order.
@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import DivergentWarp
 from ..machine import Execute, Machine
 from ..operands import addresses, items, sink, source
 from ..program import Address, Instruction, Kernel, Modifiers, Sink, Symbol
 from ..registry import opcode
-from ..types import B32, B64, TYPES, Array, Mask
+from ..types import B64, TYPES, Array, Mask
 from .common import no_operation, scalar_type
 
 _CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
@@ -184,63 +183,6 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
         write(m, old, mask)
 
     return execute
-
-
-@opcode("ldmatrix")
-def _ldmatrix(ins: Instruction, kernel: Kernel) -> Execute:
-    """Matrices of 8 rows of 16 bytes; thread i gives the address of row i (of matrix i / 8), thread (row, pair) gets
-    two 16-bit elements of a row, or with .trans of a column. ISA 9.7.14.5.15."""
-    destination, place = ins.expect(2)
-    mods = Modifiers(ins)
-    mods.sequence("sync", "aligned", "m8n8")
-    n = int(mods.one_of("x1", "x2", "x4")[1:])
-    trans = mods.flag("trans")
-    if not mods.flag("shared", "shared::cta"):
-        raise ins.unknown("state space: only shared is modelled")
-    mods.sequence("b16")
-    mods.end()
-    targets = items(destination)
-    if len(targets) != n:
-        raise ins.unknown(f"{len(targets)} registers for .x{n}")
-    writes = [sink(ins, t, B32) for t in targets]
-    address = addresses(ins, place, kernel)
-
-    def execute(m: Machine, mask: Mask) -> None:
-        warps = whole_warps(m, mask, "ldmatrix")
-        # [warps, n, 8] rows, asked for by the threads whose addresses they are
-        threads = (warps[:, None] * 32 + np.arange(8 * n)).ravel()
-        at = address(m)[threads]
-        loaded = m.shared.load(at, 16, 2, threads).reshape(-1, n, 8, 8)
-        if trans:
-            loaded = loaded.transpose(0, 1, 3, 2)
-        values = np.ascontiguousarray(loaded).view(np.uint32).reshape(-1, n, 32)
-        for i, write in enumerate(writes):
-            write(m, spread_warps(m, warps, values[:, i]), mask)
-
-    return execute
-
-
-def whole_warps(m: Machine, mask: Mask, what: str) -> Array:
-    """Numbers of the warps that take part, all of whose 32 threads have to."""
-    if m.threads % 32:
-        raise DivergentWarp(f"{what} in a block of {m.threads} threads: the last warp is not whole")
-    if mask is None:
-        return np.arange(m.threads // 32)
-    lanes = mask.reshape(-1, 32)
-    some = lanes.any(1)
-    partial = some & ~lanes.all(1)
-    if partial.any():
-        raise DivergentWarp(f"{what}: warp {int(np.flatnonzero(partial)[0])} is not all there")
-    return np.flatnonzero(some)
-
-
-def spread_warps(m: Machine, warps: Array, values: Array) -> Array:
-    """[warps, 32] to all threads of the block; those of other warps get 0, and are masked out."""
-    if len(warps) * 32 == m.threads:
-        return values.reshape(-1)
-    out = np.zeros((m.threads // 32, 32), values.dtype)
-    out[warps] = values
-    return out.reshape(-1)
 
 
 @opcode("fence", "membar")

@@ -1,7 +1,6 @@
 """What the threads of a warp do together: shfl, vote, redux, activemask, bar.warp.
 
-ISA 9.7.9.6, 9.7.13.9, 9.7.13.10. The mask of members has to be the threads that are there: more is an error, for on a
-GPU it would wait for ever; fewer as well, for the executing thread must be a member.
+ISA 9.7.9.6, 9.7.13.9, 9.7.13.10. A member that is not there is an error: on a GPU the others would wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ..types import B32, PRED, U32, Array, Mask
 from .common import last_type
 
 _LANES = np.arange(32)
+_BITS = _LANES.astype(np.uint32)
 
 
 def _lanes(m: Machine, values: Array) -> Array:
@@ -30,20 +30,31 @@ def _lanes(m: Machine, values: Array) -> Array:
     return values.reshape(-1, 32)
 
 
-def _members(m: Machine, mask: Mask, read: Read, what: str) -> NDArray[np.bool_]:
-    """[warps, 32], which lanes take part; checked against the mask of members."""
+def _to_threads(m: Machine, values: Array) -> Array:
+    """[warps, 32], or [warps, 1] of what all lanes get, to the block's threads."""
+    return np.broadcast_to(values, (m.lanes // 32, 32)).reshape(-1)[: m.threads].copy()
+
+
+def _members(m: Machine, mask: Mask, read: Read, what: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """[warps, 32], which lanes are there; and [warps, 32, 32], whom each of them names, None if all that are there.
+
+    Who is named has to be there, to name the same lanes, and to name itself."""
     there = _lanes(m, np.ones(m.threads, bool) if mask is None else mask)
     asked = _lanes(m, read(m))
-    member = (asked[:, :, None] >> _LANES.astype(np.uint32)) & np.uint32(1) == 1
-    # every thread that is here has to name all that are here and no other one
-    wrong = there & (member != there[:, None, :]).any(2)
+    here = (there.astype(np.uint32) << _BITS).sum(1, dtype=np.uint32)
+    if not (there & (asked != here[:, None])).any():
+        return there, None
+    member = (asked[:, :, None] >> _BITS) & np.uint32(1) == 1
+    wrong = there & (
+        ~member[:, _LANES, _LANES] | (member & (~there[:, None, :] | (asked[:, None, :] != asked[:, :, None]))).any(2)
+    )
     if wrong.any():
         warp, lane = (int(i) for i in np.argwhere(wrong)[0])
         raise DivergentWarp(
             f"{what}: thread {warp * 32 + lane} names the lanes {int(asked[warp, lane]):#010x}, there are "
-            f"{int((there[warp] << _LANES).sum()):#010x}"
+            f"{int(here[warp]):#010x}"
         )
-    return there
+    return there, member
 
 
 @opcode("shfl")
@@ -59,7 +70,7 @@ def _shfl(ins: Instruction, kernel: Kernel) -> Execute:
     a, b, c, who = source(ins, value, B32), *(source(ins, o, U32) for o in (lane, clamp, members))
 
     def execute(m: Machine, mask: Mask) -> None:
-        there = _members(m, mask, who, "shfl")
+        there, member = _members(m, mask, who, "shfl")
         x, by, bounds = _lanes(m, a(m)), _lanes(m, b(m)).astype(np.int64) & 31, _lanes(m, c(m)).astype(np.int64)
         segment = bounds >> 8 & 31
         low, high = _LANES & segment, (_LANES & segment) | (bounds & 31 & ~segment)
@@ -70,10 +81,13 @@ def _shfl(ins: Instruction, kernel: Kernel) -> Execute:
             j = {"down": _LANES + by, "bfly": _LANES ^ by, "idx": low | (by & ~segment)}[mode]
             found = j <= high
         j = np.where(found, j, _LANES)
-        absent = there & ~np.take_along_axis(there, j, 1)
+        if member is None:
+            absent = there & ~np.take_along_axis(there, j, 1)
+        else:
+            absent = there & ~np.take_along_axis(member, j[:, :, None], 2)[:, :, 0]
         if absent.any():
             warp, index = (int(i) for i in np.argwhere(absent)[0])
-            raise DivergentWarp(f"shfl: thread {warp * 32 + index} reads lane {int(j[warp, index])}, which is not there")
+            raise DivergentWarp(f"shfl: thread {warp * 32 + index} reads lane {int(j[warp, index])}, which is no member")
         write(m, np.take_along_axis(x, j, 1).reshape(-1)[: m.threads], mask)
         write_found(m, found.reshape(-1)[: m.threads], mask)
 
@@ -92,14 +106,15 @@ def _vote(ins: Instruction, kernel: Kernel) -> Execute:
     a, who = source(ins, value, PRED), source(ins, members, U32)
 
     def execute(m: Machine, mask: Mask) -> None:
-        there = _members(m, mask, who, "vote")
-        yes = _lanes(m, a(m)) & there
-        every, some = (yes | ~there).all(1), yes.any(1)
+        there, member = _members(m, mask, who, "vote")
+        asked = there[:, None, :] if member is None else member
+        yes = _lanes(m, a(m))[:, None, :] & asked
+        every, some = (yes | ~asked).all(2), yes.any(2)
         if mode == "ballot":
-            result = (yes.astype(np.uint32) << _LANES.astype(np.uint32)).sum(1, dtype=np.uint32)
+            result = (yes.astype(np.uint32) << _BITS).sum(2, dtype=np.uint32)
         else:
             result = {"all": every, "any": some, "uni": every | ~some}[mode]
-        write(m, np.repeat(result, 32)[: m.threads], mask)
+        write(m, _to_threads(m, result), mask)
 
     return execute
 
@@ -127,10 +142,10 @@ def _redux(ins: Instruction, kernel: Kernel) -> Execute:
     neutral = type_.dtype.type({"min": info.max, "max": info.min, "and": info.max}.get(name, 0))
 
     def execute(m: Machine, mask: Mask) -> None:
-        there = _members(m, mask, who, "redux")
-        values = np.where(there, _lanes(m, a(m)), neutral)
-        result = reduce(values, axis=1).astype(type_.dtype)
-        write(m, np.repeat(result, 32)[: m.threads], mask)
+        there, member = _members(m, mask, who, "redux")
+        asked = there[:, None, :] if member is None else member
+        values = np.where(asked, _lanes(m, a(m))[:, None, :], neutral)
+        write(m, _to_threads(m, reduce(values, axis=2).astype(type_.dtype)), mask)
 
     return execute
 
@@ -145,8 +160,8 @@ def _activemask(ins: Instruction, kernel: Kernel) -> Execute:
 
     def execute(m: Machine, mask: Mask) -> None:
         there = _lanes(m, np.ones(m.threads, bool) if mask is None else mask)
-        bits = (there.astype(np.uint32) << _LANES.astype(np.uint32)).sum(1, dtype=np.uint32)
-        write(m, np.repeat(bits, 32)[: m.threads], mask)
+        bits = (there.astype(np.uint32) << _BITS).sum(1, dtype=np.uint32)
+        write(m, _to_threads(m, bits[:, None]), mask)
 
     return execute
 
