@@ -67,38 +67,52 @@ class CompileError(Exception):
 
 
 class _Worker:
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._kept: dict[str, Compiled] = {}
+    """A process of `aot_worker`."""
 
-    def _start(self) -> subprocess.Popen[str]:
+    def __init__(self) -> None:
         cache = Path(tempfile.gettempdir()) / f"tcompress-aot-{getpass.getuser()}"
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         env["TRITON_CACHE_DIR"] = str(cache)
         # the package this process has, however it found it
         env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
-        self._process = subprocess.Popen(
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self.process = subprocess.Popen(
             [sys.executable, str(HERE / "aot_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, env=env,
+            stderr=self.log, text=True, env=env,
         )  # fmt: skip
-        return self._process
+
+    def ask(self, line: str) -> str | None:
+        """The answer, or None if the process ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline() or None
+
+    def stop(self) -> str:
+        """What it wrote to its error output."""
+        self.process.kill()
+        self.process.wait()
+        self.log.seek(0)
+        return self.log.read()
+
+
+class _Pool:
+    """Workers, one for each thread that asks at the same time, and what they answered."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._kept: dict[str, Compiled] = {}
 
     def ask(self, request: dict[str, Any]) -> Compiled:
         line = json.dumps(request)
         if line in self._kept:
             return self._kept[line]
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline()
-        if not reply:
-            code = process.wait()
-            self._process = None
-            self._log.seek(0)
-            raise CompileError(f"the compiler ended with {code}: {self._log.read()[-3000:]}")
+        worker = self._idle.pop() if self._idle else _Worker()
+        reply = worker.ask(line)
+        if reply is None:
+            raise CompileError(f"the compiler's process ended: {worker.stop()[-3000:]}")
+        self._idle.append(worker)
         answer = json.loads(reply)
         if "error" in answer:
             raise CompileError(answer["error"])
@@ -107,13 +121,12 @@ class _Worker:
         return self._kept[line]
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        for worker in self._idle:
+            worker.stop()
 
 
-_worker = _Worker()
-atexit.register(_worker.stop)
+_pool = _Pool()
+atexit.register(_pool.stop)
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -129,7 +142,7 @@ def _described(x: Any) -> Any:
 
 def compile_launch(launch: Launch, architecture: int | str) -> Compiled:
     """Raises `CompileError`."""
-    return _worker.ask(
+    return _pool.ask(
         {
             "module": launch.module, "kernel": launch.kernel, "target": target(architecture),
             "args": [_described(x) for x in launch.args],

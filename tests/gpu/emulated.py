@@ -9,7 +9,8 @@ kernel writes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -42,13 +43,19 @@ def touched(x: torch.Tensor) -> np.ndarray:
 
 
 class Emulator:
-    """instructions: run so far, of a block each. reverse: the last block first."""
+    """instructions: run so far, of a block each. launched: what was run. reverse: the last block first.
 
-    def __init__(self, architecture: int, reverse: bool = False) -> None:
+    edit: gets a kernel's name and PTX, gives the PTX to run: to plant a defect.
+    """
+
+    def __init__(
+        self, architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None
+    ) -> None:
         self.architecture = architecture
         self.reverse = reverse
+        self.edit = edit or (lambda name, text: text)
         self.instructions = 0
-        self.kernels: list[str] = []
+        self.launched: list[Launch] = []
         # storages that torch.empty made: which bytes have been written; the tensor keeps the storage alive
         self._state: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
 
@@ -83,10 +90,10 @@ class Emulator:
         ]
         grid = (*launch.grid, 1, 1)[:3]
         self.instructions += ptx.launch(
-            ptx.load(compiled.asm["ptx"], compiled.name), space, [*values, 0, 0], grid, (32 * compiled.warps, 1, 1),
+            ptx.load(self.edit(launch.kernel, compiled.asm["ptx"]), compiled.name), space, [*values, 0, 0], grid, (32 * compiled.warps, 1, 1),
             compiled.shared, self.reverse,
         )  # fmt: skip
-        self.kernels.append(launch.kernel)
+        self.launched.append(launch)
         for key, views in storages.items():
             content = storage_bytes(views[0])
             content[:] = space.content(base[key], content.size)
@@ -96,8 +103,6 @@ class Emulator:
     @staticmethod
     def _arguments(launch: Launch, compiled: Compiled) -> list[Any]:
         """In the order of the compiled parameters."""
-        import importlib
-
         kernel = getattr(importlib.import_module(launch.module), launch.kernel)
         names = kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount]
         given = dict(zip(names, launch.args, strict=False)) | launch.kwargs
@@ -108,8 +113,10 @@ _empty = torch.empty
 
 
 @contextmanager
-def emulated(architecture: int, reverse: bool = False) -> Iterator[Emulator]:
-    """Within, the launchers' kernels run in the emulator, as compiled for `architecture` (80, 86, 89)."""
-    emulator = Emulator(architecture, reverse)
+def emulated(
+    architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None
+) -> Iterator[Emulator]:
+    """Within, the launchers' kernels run in the emulator, as compiled for `architecture` (80, 86, 89 or 120)."""
+    emulator = Emulator(architecture, reverse, edit)
     with launches(architecture, emulator.run), mock.patch("torch.empty", emulator.empty):
         yield emulator
