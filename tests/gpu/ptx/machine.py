@@ -184,18 +184,18 @@ class _Schedule:
             return None
         if not live.all():
             raise DivergentBarrier(
-                f"thread {int(np.flatnonzero(~live)[0])} has ended and others wait; {self._barrier(live)}"
+                f"thread {int(np.flatnonzero(~live)[0])} has ended and others wait; {self._barriers(live)}"
             )
         if np.unique(self.at).size > 1:
-            raise DivergentBarrier(f"threads wait at different barriers; {self._barrier(live)}")
+            raise DivergentBarrier(f"threads wait at different barriers; {self._barriers(live)}")
         self._release()
         block = int(self.at[0])
         return block, np.ones(self.m.threads, bool)
 
-    def _barrier(self, live: NDArray[np.bool_]) -> str:
+    def _barriers(self, live: NDArray[np.bool_]) -> str:
         # threads that wait are already at the block behind
         places = {self.d.kernel.instructions[self.d.blocks[int(b) - 1].end - 1].where() for b in self.at[live]}
-        return " | ".join(sorted(places))
+        return f"block {self.m.block}; {' | '.join(sorted(places))}"
 
     def _release(self) -> None:
         self.waiting[:] = False
@@ -255,7 +255,9 @@ class _Schedule:
             lanes = slice(int(warp) * 32, int(warp) * 32 + 32)
             if not mask[lanes].all():
                 missing = int(warp) * 32 + int(np.flatnonzero(~mask[lanes])[0])
-                raise DivergentBarrier(f"warp {int(warp)} is not all at the barrier, thread {missing} is not; {where}")
+                raise DivergentBarrier(
+                    f"warp {int(warp)} is not all at the barrier, thread {missing} is not; block {self.m.block}; {where}"
+                )
         self.at[mask] = number + 1
         self.waiting |= mask
         return None
