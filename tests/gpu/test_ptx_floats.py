@@ -91,6 +91,24 @@ def test_fma_of_subnormals():
     assert (evaluate("fma.rn.ftz.f32 d, a, b, c;", [a, b, c], F32) == 0).all()
 
 
+@pytest.mark.parametrize("mode", ["rm", "rp", "rz"])
+def test_fma_rounded_to_one_side(mode):
+    a, b = floats(3, 500, near=True), floats(4, 500, near=True)
+    c = (-a.astype(np.float64) * b).astype(F32)
+    c[::3] = floats(5, 500, near=True)[::3] * F32(2.0**-20)
+    b[::2] *= F32(-1)
+    got = evaluate(f"fma.{mode}.f32 d, a, b, c;", [a, b, c], F32)
+    for g, *xs in zip(got, a, b, c, strict=True):
+        x, y, z = (Fraction(float(v)) for v in xs)
+        low, high = (np.nextafter(g, F32(s * INF)) for s in (-1, 1))
+        e, value = x * y + z, Fraction(float(g))
+        side = mode if mode != "rz" else "rm" if e > 0 else "rp"
+        if side == "rm":
+            assert value <= e < Fraction(float(high))
+        else:
+            assert Fraction(float(low)) < e <= value
+
+
 def test_fma_of_what_is_not_finite():
     a, b, c = np.array([INF, 0, 1, 3e38, NAN], F32), np.array([1, INF, 1, 10, 1], F32), np.array([-INF, 1, INF, 0, 1], F32)
     same(evaluate("fma.rn.f32 d, a, b, c;", [a, b, c], F32), np.array([NAN, NAN, INF, INF, NAN], F32))
@@ -162,6 +180,14 @@ def test_signs():
     assert (evaluate("neg.f32 d, a;", [a], np.uint32) == bits ^ np.uint32(1 << 31)).all()
     assert (evaluate("abs.f32 d, a;", [a], np.uint32) == bits & ~np.uint32(1 << 31)).all()
     same(evaluate("abs.ftz.f32 d, a;", [a], F32), flushed(np.abs(a)))
+
+
+def test_copied_signs_and_clamping():
+    a, b = floats(5), floats(6)
+    same(evaluate("copysign.f32 d, a, b;", [a, b], F32), np.copysign(b, a))
+    with np.errstate(invalid="ignore"):
+        clamped = np.where(a > 0, np.minimum(a, F32(1)), F32(0))
+    same(evaluate("cvt.sat.f32.f32 d, a;", [a], F32), clamped)
 
 
 def test_functions_against_float64():

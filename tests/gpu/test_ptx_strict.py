@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx import UnknownPtx, load, run_ptx
+from ptx import Struct, UnknownPtx, load, run_ptx
 from ptx.parse import parse
 from ptx_samples import entry, run
 
@@ -29,7 +29,8 @@ UNKNOWN = [
     "max.xorsign.abs.f32 %r1, %r2, %r3;",
     "max.f16 %h1, %h2, %h3, %h4;",
     "fma.f32 %r1, %r2, %r3, %r4;",
-    "fma.rz.f32 %r1, %r2, %r3, %r4;",
+    "fma.rz.f16 %h1, %h2, %h3, %h4;",
+    "copysign.f64 %d1, %d2, %d3;",
     "fma.rn.relu.f16 %h1, %h2, %h3, %h4;",
     "ex2.approx.f16 %h1, %h2;",
     "ex2.f32 %r1, %r2;",
@@ -64,7 +65,8 @@ UNKNOWN = [
     "ld.acquire.global.b32 %r1, [%d1];",
     "ld.global.b32 %r1, %d1;",
     "ld.param.u64 %d1, [nosuch];",
-    "ld.param.u32 %r1, [p0];",
+    "ld.param.u32 %r1, [p0+8];",
+    "ld.param.v2.u64 {%d1, %d2}, [p0];",
     "st.global.b32 [%d1], {%r1, %r2};",
     "st.global.b32 [%d1], %p1;",
     "atom.shared.add.u32 %r1, [%r2], 1;",
@@ -170,6 +172,31 @@ def test_parameters_of_every_type():
     assert out[0] == -5
     assert out.view(np.float32)[2] == 1.5
     assert out[2] == -7
+
+
+def test_structures_as_parameters():
+    """As nvcc passes them: by address, whole or in parts."""
+    text = entry("", 0).replace(
+        "entry k()", "entry k(.param .align 8 .b8 s[16], .param .u32 n)"
+    ).replace("ret;", """ld.param.u64 %d0, [s];
+        mov.b64 %d1, s;
+        ld.param.f32 %r1, [%d1+8];
+        ld.param.u8 %h1, [s+12];
+        add.s64 %d2, %d1, 14;
+        ld.param.s16 %r2, [%d2];
+        ld.param.u32 %r3, [n];
+        cvt.u32.u16 %r4, %h1;
+        st.global.v4.b32 [%d0], {%r1, %r2, %r3, %r4};
+        ret;""")  # fmt: skip
+    out = np.zeros(4, np.int32)
+    fields = Struct((out, np.float32(2.5), np.uint8(200), np.int16(-3)))
+    run_ptx(text, "k", (1, 1, 1), (1, 1, 1), [fields, 77])
+    assert out.view(np.float32)[0] == 2.5
+    assert out[1:].tolist() == [-3, 77, 200]
+    with pytest.raises(ValueError, match="16 bytes"):
+        run_ptx(text, "k", (1, 1, 1), (1, 1, 1), [Struct((out,)), 77])
+    with pytest.raises(ValueError, match="numpy scalar"):
+        run_ptx(text, "k", (1, 1, 1), (1, 1, 1), [Struct((out, 1, 2)), 77])
 
 
 def test_registers_have_scopes():

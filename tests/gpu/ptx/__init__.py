@@ -53,7 +53,7 @@ from .errors import (
     Uninitialised,
     UnknownPtx,
 )
-from .launch import Buffer, launch, load, run_ptx
+from .launch import Buffer, Struct, launch, load, run_ptx
 
 __all__ = [
     "AsyncNotWaited",
@@ -64,6 +64,7 @@ __all__ = [
     "OutOfBounds",
     "PtxError",
     "Race",
+    "Struct",
     "Uninitialised",
     "UnknownPtx",
     "launch",

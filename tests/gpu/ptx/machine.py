@@ -46,11 +46,11 @@ class Copy:
 
 @dataclass
 class Machine:
-    """state of a block of `threads` threads."""
+    """State of a block. parameters: their bytes."""
 
     decoded: Decoded
     memory: GlobalMemory
-    arguments: dict[str, np.generic]
+    parameters: NDArray[np.uint8]
     block: tuple[int, int, int]
     grid: tuple[int, int, int]
     shape: tuple[int, int, int]

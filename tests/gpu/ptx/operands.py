@@ -24,6 +24,8 @@ def constant(ins: Instruction, operand: Immediate, type_: PtxType) -> np.generic
     """The immediate as a numpy scalar of the type; integers have to fit its width, signed or not."""
     if type_.kind == "p":
         return np.bool_(operand.value != 0)
+    if operand.decimal and type_.name == "f32":
+        return np.float32(np.uint64(operand.value).view(np.float64))
     if operand.float_bits:
         if operand.float_bits != type_.bits:
             raise ins.unknown(f"a float of {operand.float_bits} bits for .{type_.name}")
@@ -65,10 +67,13 @@ def source(ins: Instruction, operand: Operand, type_: PtxType, wider: bool = Fal
 
 
 def variable(ins: Instruction, symbol: Symbol, kernel: Kernel) -> int:
-    """Its address in shared memory."""
-    if symbol.name not in kernel.shared:
-        raise ins.unknown(f"{symbol.name} is no shared variable")
-    return kernel.shared[symbol.name]
+    """Its address in shared memory, or that of a parameter among the parameters."""
+    if symbol.name in kernel.shared:
+        return kernel.shared[symbol.name]
+    for parameter in kernel.parameters:
+        if parameter.name == symbol.name:
+            return parameter.offset
+    raise ins.unknown(f"{symbol.name} is no shared variable and no parameter")
 
 
 def raw_bits(value: Array) -> Array:

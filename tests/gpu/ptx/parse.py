@@ -6,6 +6,7 @@ ISA: PTX 8.x, chapters 4 (syntax), 5 (state spaces, types, variables) and 7.2 (o
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 
 from .errors import UnknownPtx
@@ -183,6 +184,8 @@ class _Body:
         m = re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", o)
         if m:
             return Immediate(int(m.group(1) or m.group(2), 16), 32 if m.group(1) else 64)
+        if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", o):
+            return Immediate(int.from_bytes(struct.pack("<d", float(o)), "little"), 64, True)
         if re.fullmatch(r"[A-Za-z_$][\w$]*", o):
             return Symbol(o)
         raise UnknownPtx(f"operand {o!r} is not modelled; line {line}: {text}")
@@ -208,10 +211,18 @@ class _Body:
 def _parameters(text: str, name: str) -> list[Parameter]:
     out = []
     for part in _split(text):
-        m = re.fullmatch(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)", part)
+        m = re.fullmatch(
+            r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)"
+            r"(?:\[(\d+)\])?",
+            part,
+        )
         if not m or m.group(1) not in TYPES:
             raise UnknownPtx(f"kernel {name}: parameter is not modelled: {part}")
-        out.append(Parameter(m.group(2), TYPES[m.group(1)]))
+        type_ = TYPES[m.group(1)]
+        size = int(m.group(3) or 1) * type_.bits // 8
+        # 16: no alignment of a parameter is more
+        offset = -(-(out[-1].offset + out[-1].size) // 16) * 16 if out else 0
+        out.append(Parameter(m.group(2), None if m.group(3) else type_, size, offset))
     return out
 
 

@@ -24,10 +24,12 @@ class Special:
 
 @dataclass(frozen=True)
 class Immediate:
-    """value: an integer, or the bits of a float if `float_bits` is 32 or 64 rather than 0."""
+    """value: an integer, or the bits of a float if `float_bits` is 32 or 64 rather than 0. decimal: the float was written
+    in decimals and takes the type it is used with."""
 
     value: int
     float_bits: int = 0
+    decimal: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Parameter:
+    """size: in bytes. type: of a scalar; None for a structure. offset: where it lies among a kernel's parameters."""
+
     name: str
-    type: PtxType
+    type: PtxType | None
+    size: int
+    offset: int
 
 
 @dataclass

@@ -5,6 +5,8 @@ Which bits a NaN has is not modelled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,6 +48,25 @@ def fma_f32(a: F32, b: F32, c: F32) -> F32:
     if doubtful.any():
         s = round_to_odd_sum(*np.broadcast_arrays(product, wide))
     return s.astype(np.float32)
+
+
+def fma_f32_directed(rounding: str) -> Callable[[F32, F32, F32], F32]:
+    """As `fma_f32`, rounded down (rm), up (rp) or towards zero (rz)."""
+
+    def compute(a: F32, b: F32, c: F32) -> F32:
+        product = a.astype(np.float64) * b
+        exact = round_to_odd_sum(*np.broadcast_arrays(product, c.astype(np.float64)))
+        near = exact.astype(np.float32)
+        # `exact` lies on the same side of every float32 as the sum itself
+        above, below = near > exact, near < exact
+        down, up = np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf))
+        if rounding == "rm":
+            return np.where(above, down, near)
+        if rounding == "rp":
+            return np.where(below, up, near)
+        return np.where(above & (exact > 0), down, np.where(below & (exact < 0), up, near))
+
+    return compute
 
 
 def fma_f16(a: Array, b: Array, c: Array) -> Array:

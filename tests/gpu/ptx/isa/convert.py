@@ -15,7 +15,7 @@ from ..program import Instruction, Kernel, Modifiers, Symbol, Vector
 from ..registry import opcode
 from ..rounding import flush, narrow_bf16, to_integer, widen_bf16
 from ..types import F32, TYPES, Array, Mask, PtxType
-from .common import scalar_type
+from .common import saturating, scalar_type
 
 
 @opcode("mov")
@@ -135,6 +135,9 @@ def _conversion(ins: Instruction, mods: Modifiers, from_: PtxType, to: PtxType) 
         ftz = from_.bits == 32 and mods.flag("ftz")
         mods.flag("sat")  # always so for integers
         return lambda x: to_integer(flush(x) if ftz else widen(x), rounding, dtype)
+    if from_ == to and mods.left == ["sat"] and to.name == "f32":
+        mods.flag("sat")
+        return saturating(lambda x: x, True)
     if from_ == to:
         rounding = mods.one_of(*_TO_INTEGER)
         ftz = from_.bits == 32 and mods.flag("ftz")

@@ -14,7 +14,7 @@ import numpy as np
 from ..machine import Execute
 from ..program import Instruction, Kernel, Modifiers
 from ..registry import opcode
-from ..rounding import fma_f16, fma_f32, narrow_bf16_from_f64, round_to_odd_sum, widen_bf16
+from ..rounding import fma_f16, fma_f32, fma_f32_directed, narrow_bf16_from_f64, round_to_odd_sum, widen_bf16
 from ..types import F32, Array
 from .common import PACKED, both_halves, flushing, pointwise, saturating, scalar_type
 
@@ -32,11 +32,12 @@ def _fma(ins: Instruction, kernel: Kernel) -> Execute:
     ins.expect(4)
     mods = Modifiers(ins)
     name = mods.last()
-    mods.sequence("rn")
+    rounding = mods.one_of("rn", "rm", "rp", "rz") if name == "f32" else mods.one_of("rn")
     if name == "f32":
         ftz, sat = mods.flag("ftz"), mods.flag("sat")
         mods.end()
-        return pointwise(ins, F32, saturating(flushing(fma_f32, ftz), sat))
+        compute = fma_f32 if rounding == "rn" else fma_f32_directed(rounding)
+        return pointwise(ins, F32, saturating(flushing(compute, ftz), sat))
     element = PACKED.get(name) or scalar_type(ins, name)
     ftz = name == "f32x2" and mods.flag("ftz")
     mods.end()
@@ -72,3 +73,13 @@ def _function(ins: Instruction, kernel: Kernel) -> Execute:
     ftz = ins.opcode != "tanh" and mods.flag("ftz")
     mods.end()
     return pointwise(ins, F32, flushing(compute, ftz))
+
+
+@opcode("copysign")
+def _copysign(ins: Instruction, kernel: Kernel) -> Execute:
+    """The sign of a on the value of b."""
+    ins.expect(3)
+    mods = Modifiers(ins)
+    mods.sequence("f32")
+    mods.end()
+    return pointwise(ins, F32, lambda a, b: np.copysign(b, a))

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import OutOfBounds
 from ..machine import Execute, Machine
+from ..memory import check_alignment
 from ..operands import addresses, items, sink, source
 from ..program import Address, Instruction, Kernel, Modifiers, Sink, Symbol
 from ..registry import opcode
@@ -88,17 +90,33 @@ def _load(ins: Instruction, kernel: Kernel) -> Execute:
 
 
 def _load_parameter(ins: Instruction, mods: Modifiers, name: str, kernel: Kernel) -> Execute:
+    """Also part of one, at an address that nvcc computes for a structure."""
     destination, place = ins.expect(2)
+    targets = items(destination)
+    n = _vector_length(ins, mods, len(targets))
     mods.end()
-    parameters = {p.name: p for p in kernel.parameters}
-    if not isinstance(place, Address) or not isinstance(place.base, Symbol) or place.offset:
-        raise ins.unknown("only whole parameters are modelled")
-    parameter = parameters.get(place.base.name)
     type_ = TYPES[name]
-    if parameter is None or parameter.type.bits != type_.bits:
-        raise ins.unknown(f"no parameter {place.base.name} of {type_.bits} bits")
-    write, key = sink(ins, destination, type_, wider=True), parameter.name
-    return lambda m, mask: write(m, np.full(m.threads, m.arguments[key]).view(type_.dtype), mask)
+    size = n * type_.bits // 8
+    writes = [sink(ins, t, type_, wider=True) for t in targets]
+    if isinstance(place, Address) and isinstance(place.base, Symbol):
+        own = next((p for p in kernel.parameters if p.name == place.base.name), None)
+        if own is None or not 0 <= place.offset <= own.size - size:
+            raise ins.unknown(f"no {size} bytes at {place.offset} of a parameter {place.base.name}")
+    address = addresses(ins, place, kernel)
+
+    def execute(m: Machine, mask: Mask) -> None:
+        threads = m.active(mask)
+        at = address(m)
+        check_alignment(at[threads], size, threads, "parameter load")
+        bad = (at[threads] < 0) | (at[threads] > m.parameters.size - size)
+        if bad.any():
+            raise OutOfBounds(f"parameter load: thread {int(threads[bad][0])}, offset {int(at[threads][bad][0])}")
+        values = m.parameters[np.where((at < 0) | (at > m.parameters.size - size), 0, at)[:, None] + np.arange(size)]
+        columns = values.view(type_.dtype)
+        for i, write in enumerate(writes):
+            write(m, columns[:, i].copy(), mask)
+
+    return execute
 
 
 @opcode("st")
