@@ -19,7 +19,6 @@ import numpy as np
 import ptx
 import torch
 from aot import Compiled, Launch, compile_launch, launches
-
 from ptx.memory import POISON, GlobalMemory
 
 
@@ -48,9 +47,7 @@ class Emulator:
     edit: gets a kernel's name and PTX, gives the PTX to run: to plant a defect.
     """
 
-    def __init__(
-        self, architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None
-    ) -> None:
+    def __init__(self, architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None) -> None:
         self.architecture = architecture
         self.reverse = reverse
         self.edit = edit or (lambda name, text: text)
@@ -82,17 +79,19 @@ class Emulator:
             kept = self._state.get(key)
             base[key] = space.add(storage_bytes(views[0]), valid, True if kept is None else kept[1])
         space.freeze()
-        values = [
+        values: list[Any] = [
             base[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size()
             if isinstance(x, torch.Tensor)
             else x
             for x in arguments
         ]
         grid = (*launch.grid, 1, 1)[:3]
+        kernel = ptx.load(self.edit(launch.kernel, compiled.asm["ptx"]), compiled.name)
+        block = (32 * compiled.warps, 1, 1)
+        # the last two parameters point to scratch memory, of which there is none
         self.instructions += ptx.launch(
-            ptx.load(self.edit(launch.kernel, compiled.asm["ptx"]), compiled.name), space, [*values, 0, 0], grid, (32 * compiled.warps, 1, 1),
-            compiled.shared, self.reverse,
-        )  # fmt: skip
+            kernel, space, [*values, 0, 0], (grid[0], grid[1], grid[2]), block, compiled.shared, self.reverse
+        )
         self.launched.append(launch)
         for key, views in storages.items():
             content = storage_bytes(views[0])

@@ -13,7 +13,9 @@ class NvccError(Exception):
 
 
 @functools.cache
-def compile_ptx(source: Path, architecture: int = 80, defines: tuple[str, ...] = (), include: tuple[str, ...] = ()) -> str:
+def compile_ptx(
+    source: Path, architecture: int = 80, defines: tuple[str, ...] = (), include: tuple[str, ...] = ()
+) -> str:
     """PTX of `source` for `architecture`; needs no GPU. Raises `NvccError`."""
     command = ["nvcc", f"-arch=sm_{architecture}", "-O3", "-std=c++17", "-ptx", "-o", "/dev/stdout", str(source)]
     command += [f"-D{d}" for d in defines] + [f"-I{i}" for i in include]

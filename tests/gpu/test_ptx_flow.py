@@ -107,8 +107,9 @@ DONE:
 
 def test_a_warp_may_go_its_own_way_between_barriers():
     out = np.zeros(64, I32)
-    run(WARPS_APART.format(first="mov.b32 %r1, 1;\nst.shared.b32 [0], 9;", other="mov.b32 %r1, 2;")
-        + "bar.sync 0;\nld.shared.b32 %r3, [0];\nadd.s32 %r1, %r1, %r3;\n" + OUT, out, threads=64, shared=64)  # fmt: skip
+    apart = WARPS_APART.format(first="mov.b32 %r1, 1;\nst.shared.b32 [0], 9;", other="mov.b32 %r1, 2;")
+    run(apart + "bar.sync 0;\nld.shared.b32 %r3, [0];\nadd.s32 %r1, %r1, %r3;\n" + OUT, out, threads=64,
+        shared=64)  # fmt: skip
     assert (out == np.where(np.arange(64) < 32, 10, 11)).all()
 
 

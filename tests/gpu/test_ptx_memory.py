@@ -257,7 +257,8 @@ def test_defects_of_a_copy():
     with pytest.raises(AsyncNotWaited, match="cp.async"):
         run(copy.format(to="", origin="") * 2, x, shared=512)
     # the buffer is refilled while another warp reads it
-    refill = COPY.format(between="cp.async.wait_all;\nbar.sync 0;\nxor.b32 %r4, %r1, 512;\nld.shared.b32 %r5, [%r4];\n"
-                         + at(16, "%d1") + "cp.async.cg.shared.global [%r1], [%d9], 16;\ncp.async.wait_all;")  # fmt: skip
+    look = "cp.async.wait_all;\nbar.sync 0;\nxor.b32 %r4, %r1, 512;\nld.shared.b32 %r5, [%r4];\n"
+    again = "cp.async.cg.shared.global [%r1], [%d9], 16;\ncp.async.wait_all;"
+    refill = COPY.format(between=look + at(16, "%d1") + again)
     with pytest.raises(Race, match="another warp read"):
         run(refill, np.zeros(64, I32), np.arange(256, dtype=I32), threads=64, shared=1024)

@@ -24,7 +24,9 @@ def shuffled(mode: str, a: list[int], b: int, c: int) -> tuple[list[int], list[b
 
 
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
-@pytest.mark.parametrize(("b", "c"), [(1, 31), (4, 31), (16, 31), (0, 31), (3, 0x1807), (9, 0x181F), (2, 0), (5, 0x1000)])
+@pytest.mark.parametrize(
+    ("b", "c"), [(1, 31), (4, 31), (16, 31), (0, 31), (3, 0x1807), (9, 0x181F), (2, 0), (5, 0x1000)]
+)
 def test_shfl(mode, b, c):
     x = np.random.default_rng(0).integers(0, 2**32, 64, U32)
     got = evaluate(f"shfl.sync.{mode}.b32 d, a, {b}, {c}, -1;", [x], U32)
@@ -82,7 +84,9 @@ def test_members_that_are_not_there(ins):
 
 def test_a_block_of_no_whole_warps():
     x = np.arange(40, dtype=U32)
-    got = evaluate("setp.lt.u32 %p9, %r0, 32; selp.b32 %r9, -1, 0xff, %p9; shfl.sync.bfly.b32 d, a, 1, 31, %r9;", [x], U32)
+    got = evaluate(
+        "setp.lt.u32 %p9, %r0, 32; selp.b32 %r9, -1, 0xff, %p9; shfl.sync.bfly.b32 d, a, 1, 31, %r9;", [x], U32
+    )
     assert (got == x ^ 1).all()
     with pytest.raises(DivergentWarp, match="not whole"):
         run("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [0];", np.zeros(1), threads=40, shared=64)
@@ -102,9 +106,9 @@ def test_ldmatrix(n, trans):
     matrices = np.random.default_rng(3).integers(0, 2**16, (4, 8, 8), np.uint16)
     out = np.zeros((32, 4), U32)
     registers = ", ".join(f"%r{10 + i}" for i in range(n))
+    stores = "".join(f"st.global.b32 [%d9+{4 * i}], %r{10 + i};\n" for i in range(n))
     run(STORE_TILE + f"ldmatrix.sync.aligned.m8n8.x{n}{trans}.shared.b16 {{{registers}}}, [%r5];\n"
-        "mad.wide.u32 %d9, %r0, 16, %d0;\n"
-        + "".join(f"st.global.b32 [%d9+{4 * i}], %r{10 + i};\n" for i in range(n)), out, matrices, shared=512)  # fmt: skip
+        "mad.wide.u32 %d9, %r0, 16, %d0;\n" + stores, out, matrices, shared=512)  # fmt: skip
     for lane in range(32):
         for i in range(n):
             row, column = lane // 4, lane % 4 * 2

@@ -40,7 +40,9 @@ def attend(head: int, sq: int, dtype: torch.dtype = F16, mask: torch.dtype | Non
     attention(q, k, v, m, **kwargs)
 
 
-def multiply(m: int, n: int, k: int, dtype: torch.dtype = F16, activation: str = "none", symmetric: bool = True) -> None:
+def multiply(
+    m: int, n: int, k: int, dtype: torch.dtype = F16, activation: str = "none", symmetric: bool = True
+) -> None:
     full = activation != "none"
     linear(
         tensor(m, k, dtype=dtype), tensor(n, k, dtype=I8), tensor(n, dtype=F32), tensor(n, dtype=F32) if full else None,

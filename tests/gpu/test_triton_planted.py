@@ -114,7 +114,11 @@ def test_a_barrier_that_lanes_skip():
     skip = "{ .reg .pred q; setp.gt.s32 q, %r1, 100; @q bra SKIP; bar.sync 0; SKIP: }"
     tid = r"mov\.u32\s+(%r\d+), %tid\.x;"
     with pytest.raises(DivergentBarrier):
-        planted("quantize_rows", rf"{tid}((?:.|\n)*?){BARRIER}", rf"mov.u32 \1, %tid.x;\2{skip.replace('%r1', chr(92) + '1')}")
+        planted(
+            "quantize_rows",
+            rf"{tid}((?:.|\n)*?){BARRIER}",
+            rf"mov.u32 \1, %tid.x;\2{skip.replace('%r1', chr(92) + '1')}",
+        )
 
 
 def test_a_mask_that_is_wrong():

@@ -24,8 +24,8 @@ What is reported, each as an exception of its own (`errors`), with the line of P
     DivergentWarp     a shuffle, vote, reduction or matrix instruction without all its members
 
 What is taken to be ideal, so that no defect is found there
-    .approx functions and div.full are rounded correctly; mma of floats adds exactly and rounds once. The hardware may be
-    a few units in the last place away. Which bits a NaN has is not modelled.
+    .approx functions and div.full are rounded correctly; mma of floats adds exactly and rounds once. The hardware may
+    be a few units in the last place away. Which bits a NaN has is not modelled.
     The threads of a warp that have not diverged run in step, and memory is consistent: neither a missing bar.warp nor a
     missing fence is found. Races of warps within a block are looked for in shared memory, not in global memory.
     One order of execution: a kernel that is right only in this order is found only where `Race` sees it.

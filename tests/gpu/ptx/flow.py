@@ -8,6 +8,7 @@ is ordered within by the same rule once the edges back to its entry are gone.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from .program import Instruction, Kernel, Symbol
@@ -46,7 +47,7 @@ def basic_blocks(kernel: Kernel) -> list[BasicBlock]:
     edges = [*sorted(s for s in starts if s < len(code)), len(code)]
     index = {start: i for i, start in enumerate(edges)}
     blocks = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         last = code[end - 1]
         following = [] if end == len(code) else [index[end]]
         target = None

@@ -113,11 +113,10 @@ class Machine:
         if mask is not None:
             old = self.registers[index]
             if old is None:
-                old = value.dtype.type(POISON_BITS & ((1 << 8 * value.itemsize) - 1)) if value.dtype != bool else False
+                poison = POISON_BITS & ((1 << 8 * value.itemsize) - 1)
+                old = np.array(False if value.dtype == bool else poison, value.dtype)
             value = np.where(mask, value, old)
-        elif value.ndim == 0:
-            value = np.full(self.threads, value)
-        self.registers[index] = value
+        self.registers[index] = self.vector(value)
 
     def vector(self, value: Array) -> Array:
         """[threads], of a vector or of a constant."""
@@ -138,9 +137,7 @@ class Machine:
                 self.shared.end_copy(copy.addresses[done], copy.values[done], copy.threads[done])
             if not done.all():
                 rest = ~done
-                left.append(
-                    Copy(copy.threads[rest], copy.addresses[rest], copy.values[rest], copy.groups[rest])
-                )
+                left.append(Copy(copy.threads[rest], copy.addresses[rest], copy.values[rest], copy.groups[rest]))
         self.copies = left
 
     def run(self) -> None:
@@ -204,12 +201,13 @@ class _Schedule:
     def _step(self, number: int, mask: Mask) -> int | None:
         """Runs a block; the next one if all threads are together there, else None and `at` says where each is."""
         m, block = self.m, self.d.blocks[number]
-        line = block.start
+        step = 0
         try:
-            for execute, line in self.d.steps[number]:
+            for step, (execute, _) in enumerate(self.d.steps[number]):  # noqa: B007  where it stopped
                 execute(m, mask)
         except PtxError as error:
-            raise type(error)(f"{error}; block {m.block}; {self.d.kernel.instructions[line].where()}") from None
+            where = self.d.kernel.instructions[self.d.steps[number][step][1]].where()
+            raise type(error)(f"{error}; block {m.block}; {where}") from None
         m.executed += block.end - block.start
         last = self.d.kernel.instructions[block.end - 1]
         guard = self.d.guards[number]
@@ -256,7 +254,8 @@ class _Schedule:
             if not mask[lanes].all():
                 missing = int(warp) * 32 + int(np.flatnonzero(~mask[lanes])[0])
                 raise DivergentBarrier(
-                    f"warp {int(warp)} is not all at the barrier, thread {missing} is not; block {self.m.block}; {where}"
+                    f"warp {int(warp)} is not all at the barrier, thread {missing} is not; "
+                    f"block {self.m.block}; {where}"
                 )
         self.at[mask] = number + 1
         self.waiting |= mask

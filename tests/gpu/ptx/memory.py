@@ -241,9 +241,7 @@ class SharedMemory:
             owner = kept[index]
             bad = ((owner != NOBODY) & (owner != warps)).any(1)
             if bad.any():
-                raise Race(
-                    f"{what} to what another warp {verb} since the barrier: {_first(bad, threads, addresses)}"
-                )
+                raise Race(f"{what} to what another warp {verb} since the barrier: {_first(bad, threads, addresses)}")
         self.writer[index] = warps
         # Triton lets several warps store the same value in one instruction; `store` finds different ones
         lost = self.writer[index] != warps

@@ -7,6 +7,7 @@ wider register and say so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ Read = Callable[[Machine], Array]
 Write = Callable[[Machine, Array, Mask], None]
 
 
-def constant(ins: Instruction, operand: Immediate, type_: PtxType) -> np.generic:
+def constant(ins: Instruction, operand: Immediate, type_: PtxType) -> Any:
     """The immediate as a numpy scalar of the type; integers have to fit its width, signed or not."""
     if type_.kind == "p":
         return np.bool_(operand.value != 0)
@@ -54,7 +55,7 @@ def source(ins: Instruction, operand: Operand, type_: PtxType, wider: bool = Fal
         raise ins.unknown(f"{operand.name} has {held.bits} bits, expected {type_.bits}")
     if isinstance(operand, Immediate):
         value = constant(ins, operand, type_)
-        return lambda m: value  # type: ignore[return-value]
+        return lambda m: value
     if isinstance(operand, Special):
         if type_.bits != 32 or not type_.is_integer:
             raise ins.unknown(f"%{operand.name} is a 32-bit integer, expected .{type_.name}")
@@ -126,8 +127,8 @@ def guard(ins: Instruction) -> Callable[[Machine], NDArray[np.bool_]] | None:
         return None
     index = ins.guard.index
     if ins.guard_negated:
-        return lambda m: ~m.read_written(index)  # type: ignore[return-value]
-    return lambda m: m.read_written(index)  # type: ignore[return-value]
+        return lambda m: ~m.read_written(index)
+    return lambda m: m.read_written(index)
 
 
 __all__ = ["GLOBAL_BASE", "Read", "Write", "addresses", "constant", "guard", "items", "raw_bits", "sink", "source"]

@@ -11,7 +11,19 @@ from collections.abc import Iterator
 
 from .errors import UnknownPtx
 from .program import (
-    Address, Immediate, Instruction, Kernel, Not, Operand, Pair, Parameter, Register, Sink, Special, Symbol, Vector,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Not,
+    Operand,
+    Pair,
+    Parameter,
+    Register,
+    Sink,
+    Special,
+    Symbol,
+    Vector,
 )  # fmt: skip
 from .types import TYPES
 
@@ -209,7 +221,7 @@ class _Body:
 
 
 def _parameters(text: str, name: str) -> list[Parameter]:
-    out = []
+    out: list[Parameter] = []
     for part in _split(text):
         m = re.fullmatch(
             r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)"

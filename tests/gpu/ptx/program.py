@@ -24,8 +24,8 @@ class Special:
 
 @dataclass(frozen=True)
 class Immediate:
-    """value: an integer, or the bits of a float if `float_bits` is 32 or 64 rather than 0. decimal: the float was written
-    in decimals and takes the type it is used with."""
+    """value: an integer, or the bits of a float if `float_bits` is 32 or 64 rather than 0. decimal: the float was
+    written in decimals and takes the type it is used with."""
 
     value: int
     float_bits: int = 0

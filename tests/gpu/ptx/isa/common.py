@@ -26,7 +26,9 @@ def scalar_type(ins: Instruction, name: str) -> PtxType:
 def last_type(ins: Instruction, modifiers: Modifiers, kinds: str = "sub") -> PtxType:
     """The last modifier, a scalar type of one of `kinds`: s, u, b (integers), f (float and bfloat16)."""
     type_ = scalar_type(ins, modifiers.last())
-    if type_.kind[0] not in kinds and not (type_.kind == "bf" and "f" in kinds) or type_.kind == "bf" and "f" not in kinds:
+    if (type_.kind[0] not in kinds and not (type_.kind == "bf" and "f" in kinds)) or (
+        type_.kind == "bf" and "f" not in kinds
+    ):
         raise ins.unknown(f"type .{type_.name} is not one of this instruction")
     return type_
 

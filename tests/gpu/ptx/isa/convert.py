@@ -31,7 +31,7 @@ def _mov(ins: Instruction, kernel: Kernel) -> Execute:
     write = sink(ins, destination, type_)
     if isinstance(origin, Symbol):
         address = type_.dtype.type(variable(ins, origin, kernel))
-        return lambda m, mask: write(m, address, mask)  # type: ignore[arg-type]
+        return lambda m, mask: write(m, address, mask)
     read = source(ins, origin, type_)
     return lambda m, mask: write(m, read(m), mask)
 
@@ -88,7 +88,7 @@ def _cvta(ins: Instruction, kernel: Kernel) -> Execute:
         if to:
             raise ins.unknown("a variable is no generic address")
         address = type_.dtype.type(variable(ins, origin, kernel))
-        return lambda m, mask: write(m, address, mask)  # type: ignore[arg-type]
+        return lambda m, mask: write(m, address, mask)
     read = source(ins, origin, type_)
     return lambda m, mask: write(m, read(m), mask)
 

@@ -55,7 +55,9 @@ def _bfe(ins: Instruction, kernel: Kernel) -> Execute:
         wide = np.asarray(x.view(type_.raw)).astype(np.uint64)
         at, _ = _field(p, n, type_.bits)
         # of a field that reaches beyond the top bit there is only what is below
-        there = np.minimum(np.asarray(n & np.uint32(255)).astype(np.int64), np.maximum(type_.bits - at.astype(np.int64), 0))
+        there = np.minimum(
+            np.asarray(n & np.uint32(255)).astype(np.int64), np.maximum(type_.bits - at.astype(np.int64), 0)
+        )
         _, ones = _field(p, there.astype(np.uint32), type_.bits)
         out = np.where(at > top, np.uint64(0), wide >> np.minimum(at, top)) & ones
         if signed:
@@ -139,7 +141,9 @@ def _reverse(ins: Instruction, kernel: Kernel) -> Execute:
     type_ = last_type(ins, mods, "b")
     mods.end()
     return pointwise(
-        ins, type_, lambda x: np.packbits(_bits(x, type_.bits)[:, ::-1], axis=1, bitorder="little").view(type_.raw)[:, 0]
+        ins,
+        type_,
+        lambda x: np.packbits(_bits(x, type_.bits)[:, ::-1], axis=1, bitorder="little").view(type_.raw)[:, 0],
     )
 
 

@@ -6,6 +6,7 @@ ISA 9.7.5, 9.7.7, 9.7.8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _prmt(ins: Instruction, kernel: Kernel) -> Execute:
 
         def fixed(m: Machine, mask: Mask) -> None:
             x, y = a(m), b(m)
-            out: Array = np.uint32(0)  # type: ignore[assignment]
+            out: Any = np.uint32(0)
             for i, n in enumerate(nibbles):
                 byte = (x if n < 4 else y) >> np.uint32(8 * (n & 3)) & np.uint32(255)
                 out = out | byte << np.uint32(8 * i)
@@ -125,7 +126,7 @@ def _setp(ins: Instruction, kernel: Kernel) -> Execute:
     destination, x, y, *rest = ins.expect(4 if join else 3)
     if type_.kind == "u" and name in _UNSIGNED:
         name = _UNSIGNED[name]
-    if type_.bits < 16 or type_.kind == "b" and name not in ("eq", "ne"):
+    if type_.bits < 16 or (type_.kind == "b" and name not in ("eq", "ne")):
         raise ins.unknown(f"comparison .{name} of .{type_.name}")
     compare = _comparison(ins, name, type_.is_float)
     a, b = source(ins, x, type_), source(ins, y, type_)
@@ -167,5 +168,3 @@ def _selp(ins: Instruction, kernel: Kernel) -> Execute:
     write, a, b = sink(ins, destination, type_), source(ins, x, type_), source(ins, y, type_)
     c = source(ins, condition, PRED)
     return lambda m, mask: write(m, np.where(c(m), a(m), b(m)), mask)
-
-

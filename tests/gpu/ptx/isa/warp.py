@@ -87,7 +87,9 @@ def _shfl(ins: Instruction, kernel: Kernel) -> Execute:
             absent = there & ~np.take_along_axis(member, j[:, :, None], 2)[:, :, 0]
         if absent.any():
             warp, index = (int(i) for i in np.argwhere(absent)[0])
-            raise DivergentWarp(f"shfl: thread {warp * 32 + index} reads lane {int(j[warp, index])}, which is no member")
+            raise DivergentWarp(
+                f"shfl: thread {warp * 32 + index} reads lane {int(j[warp, index])}, which is no member"
+            )
         write(m, np.take_along_axis(x, j, 1).reshape(-1)[: m.threads], mask)
         write_found(m, found.reshape(-1)[: m.threads], mask)
 
