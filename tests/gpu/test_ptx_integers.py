@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from ptx import PtxError
+from ptx import InvalidOperand
 from ptx_samples import evaluate
 
 EDGES = [0, 1, 2, 3, 7, 31, 32, 33, 63, 64, 127, 128, 255, 256, 32767, 32768, 65535, 2**31 - 1, 2**31, 2**32 - 1]
@@ -70,7 +70,7 @@ def test_division_goes_towards_zero(name):
     for instruction, expected in (("div", quotient), ("rem", lambda x, y: x - quotient(x, y) * y)):
         got = evaluate(f"{instruction}.{name} d, a, b;", [a, b], t)
         assert got.tolist() == [wrap(expected(x, y), t) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-    with pytest.raises(PtxError, match="zero"):
+    with pytest.raises(InvalidOperand, match="zero"):
         evaluate(f"div.{name} d, a, b;", [a, b * 0], t)
 
 

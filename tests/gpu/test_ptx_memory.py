@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx import AsyncNotWaited, Buffer, Misaligned, OutOfBounds, Race, Uninitialised
+from ptx import AsyncNotWaited, Buffer, InvalidOperand, Misaligned, OutOfBounds, Race, Uninitialised
 from ptx_samples import run
 
 I32 = np.int32
@@ -237,6 +237,8 @@ ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r1];
     assert (out.reshape(32, 4) == expected).all()
     run(body.format(copy="cp.async.cg.shared.global.L2::128B [%r1], [%d9], 16, %p1;"), out, x, shared=512)
     assert (out.reshape(32, 4) == x.reshape(32, 4) * (np.arange(32) % 4 != 2)[:, None]).all()
+    with pytest.raises(InvalidOperand, match="src-size 17"):
+        run(body.format(copy="cp.async.cg.shared.global [%r1], [%d9], 16, 17;"), out, x, shared=512)
     # of size 0 the source may be anywhere
     run("shl.b32 %r1, %r0, 4;\nmov.b64 %d9, 0;\ncp.async.cg.shared.global [%r1], [%d9], 16, 0;", out, x, shared=512)
 

@@ -28,7 +28,16 @@ int8_linear = sys.modules["tcompress.ops.int8_linear"]
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 #: Half a unit in the last place, relative.
 HALF_UNIT = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24}
-BOTH = pytest.mark.parametrize("architecture", [80, 89])
+
+
+def on_both(names: str, cases: list, quick: int = 100) -> pytest.MarkDecorator:
+    """The first `quick` cases on 8.0 and the first one on 8.9; the others where there is time."""
+    both = []
+    for i, case in enumerate(cases):
+        for architecture, until in ((80, quick), (89, 1)):
+            marks = [] if i < until else pytest.mark.slow
+            both.append(pytest.param(architecture, *case, marks=marks))
+    return pytest.mark.parametrize(f"architecture,{names}", both)
 
 
 def random(*shape, dtype=F32, seed=0):
@@ -44,11 +53,12 @@ QUANTIZED = [  # rows, values, type, bits, symmetric
     (5, 300, BF16, 7, False),
     (1, 1, F16, 8, True),
     (3, 64, F16, 4, False),
+    (4, 300, F16, 2, False),
+    (2, 1000, BF16, 8, True),
 ]
 
 
-@BOTH
-@pytest.mark.parametrize(("m", "k", "dtype", "bits", "symmetric"), QUANTIZED)
+@on_both("m,k,dtype,bits,symmetric", QUANTIZED, quick=4)
 def test_quantizer_is_exact(architecture, m, k, dtype, bits, symmetric):
     x = random(m, k, dtype=dtype) * 3
     if m > 2:
@@ -84,11 +94,13 @@ SUMS = [  # tokens, channels, products, bits, symmetric
     (17, 31, 71, 7, False),
     (33, 70, 130, 8, True),
     (65, 64, 128, 7, False),
+    (130, 257, 129, 8, True),
+    (1, 70, 2100, 8, True),
+    (16, 31, 257, 7, False),
 ]
 
 
-@BOTH
-@pytest.mark.parametrize(("m", "n", "k", "bits", "symmetric"), SUMS)
+@on_both("m,n,k,bits,symmetric", SUMS, quick=6)
 def test_sums_are_exact(architecture, m, n, k, bits, symmetric):
     x, weight, scale = arguments(m, n, k)
     with emulated(architecture) as gpu:
@@ -169,11 +181,12 @@ ATTENTION = [  # Sq, Skv, D, Dv, heads, heads of K and V, type, causal, mask
     (65, 67, 32, 32, 2, 1, BF16, None, "bool"),
     (33, 64, 128, 128, 1, 1, F16, "top_left", "float"),
     (3, 130, 64, 80, 2, 1, F32, None, None),
+    (129, 129, 72, 130, 1, 1, F16, "top_left", "bool"),
+    (1, 300, 128, 128, 8, 1, BF16, None, None),
 ]
 
 
-@BOTH
-@pytest.mark.parametrize("case", ATTENTION)
+@on_both("case", [(case,) for case in ATTENTION], quick=3)
 def test_attention(architecture, case):
     sq, skv, d, dv, h, kv_heads, dtype, causal, kind = case
     q = random(1, sq, h, d, dtype=dtype).transpose(1, 2)

@@ -8,7 +8,7 @@ Blocks run one after another, in either order.
 What is modelled
     integers, float32, 16-bit floats: rounding, flushing of subnormals, NaN and -0 in min and max
     global and shared memory, vector loads and stores, atomics, ldmatrix, stmatrix
-    cp.async with its groups; shfl, vote, redux; mma.sync of f16, bf16, s8, u8
+    cp.async with its groups; shfl, vote, redux; mma.sync of f16, bf16, s8, u8; mma.sp of s8, u8 (m16n8k64)
     barrier 0, divergence, early exits
 
 What is reported, each as an exception of its own (`errors`), with the line of PTX, the block and a thread
@@ -21,6 +21,7 @@ What is reported, each as an exception of its own (`errors`), with the line of P
     Race              two warps on one byte of shared memory between two barriers, or two blocks on one byte of global
                       memory, at least one of them writing; two threads that store different values at once
     DivergentBarrier  a barrier that part of a warp, or of the block, does not reach; also after an early exit
+    InvalidOperand    a value that has no result: division by zero, metadata of mma.sp out of order
     DivergentWarp     a shuffle, vote, reduction or matrix instruction without all its members
 
 What is taken to be ideal, so that no defect is found there
@@ -32,8 +33,8 @@ What is taken to be ideal, so that no defect is found there
     Loads that bypass or fill caches, eviction hints and prefetch sizes do nothing.
 
 What is not modelled, and raises UnknownPtx
-    wgmma, tcgen05, TMA (cp.async.bulk), mbarrier, clusters, named barriers, mma.sp, local memory (spills), generic
-    addresses of shared memory, constant memory, calls, float64 beyond + - ·, fp8, textures.
+    wgmma, tcgen05, TMA (cp.async.bulk), mbarrier, clusters, named barriers, mma.sp of other shapes and types, local
+    memory (spills), generic addresses of shared memory, constant memory, calls, float64 beyond + - ·, fp8, textures.
     Nothing here says how long a kernel takes.
 
 Files: `parse` text to `program`; `flow` basic blocks and the order of diverged threads; `decode` and `isa` instructions
@@ -46,6 +47,7 @@ from .errors import (
     AsyncNotWaited,
     DivergentBarrier,
     DivergentWarp,
+    InvalidOperand,
     Misaligned,
     OutOfBounds,
     PtxError,
@@ -60,6 +62,7 @@ __all__ = [
     "Buffer",
     "DivergentBarrier",
     "DivergentWarp",
+    "InvalidOperand",
     "Misaligned",
     "OutOfBounds",
     "PtxError",

@@ -31,6 +31,10 @@ class Race(PtxError):
     """Two warps, or two blocks, and nothing that orders their accesses, one of which is a write."""
 
 
+class InvalidOperand(PtxError):
+    """A value for which the ISA gives an instruction no result."""
+
+
 class DivergentBarrier(PtxError):
     """A barrier that not all threads of the block reach together."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import InvalidOperand
 from ..machine import Execute, Machine
 from ..operands import sink, source
 from ..program import Instruction, Kernel, Modifiers
@@ -120,7 +121,7 @@ def _divide(ins: Instruction, kernel: Kernel) -> Execute:
         a, b = (m.vector(x) for x in (read_a(m), read_b(m)))
         zero = b == 0
         if zero[m.active(mask)].any():
-            raise ins.unknown("division by zero has no defined result")
+            raise InvalidOperand("division by zero")
         b = np.where(zero, 1, b).astype(type_.dtype)
         # numpy rounds down, PTX towards zero
         rest = np.fmod(a, b)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import InvalidOperand
 from ..machine import Copy, Execute, Machine
 from ..operands import addresses, source
 from ..program import Immediate, Instruction, Kernel, Modifiers, Register
@@ -68,7 +69,7 @@ def _issue(ins: Instruction, mods: Modifiers, kernel: Kernel) -> Execute:
             given = m.vector(third(m))[threads]
             sizes = np.where(given, 0, size) if ignores else given.astype(np.int64)
             if (sizes > size).any():
-                raise ins.unknown(f"src-size {int(sizes.max())} is more than cp-size {size}")
+                raise InvalidOperand(f"src-size {int(sizes.max())} is more than cp-size {size}")
         at = to(m)[threads]
         # read now: a source that changes before the wait is not found out
         values = m.memory.load_part(from_(m)[threads], sizes, size, threads, m.block_number)

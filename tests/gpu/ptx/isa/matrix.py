@@ -1,4 +1,4 @@
-"""mma.sync: products of matrices whose elements are spread over the registers of a warp.
+"""mma.sync and mma.sp: products of matrices whose elements are spread over the registers of a warp.
 
 ISA 9.7.14.5. With g = lane / 4, t = lane % 4 and e elements in a register (2 of 16 bits, 4 of 8), for m16n8k(8e) and
 the half of it:
@@ -18,9 +18,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import InvalidOperand
 from ..machine import Execute, Machine
-from ..operands import items, sink, source
-from ..program import Instruction, Kernel, Modifiers
+from ..operands import Read, Write, items, sink, source
+from ..program import Immediate, Instruction, Kernel, Modifiers
 from ..registry import opcode
 from ..rounding import widen_bf16
 from ..types import B32, F32, S32, Array, Mask
@@ -57,11 +58,31 @@ def registers_of_d(d: Array) -> Array:
     return d.reshape(-1, 2, 8, 4, 2).transpose(0, 1, 4, 2, 3).reshape(-1, 4, 32)
 
 
+def gather(m: Machine, reads: list[Read], warps: Array) -> Array:
+    """[warps, registers, 32] of the operands."""
+    rows = np.stack([m.vector(read(m)) for read in reads])
+    return np.ascontiguousarray(rows.reshape(len(reads), -1, 32).transpose(1, 0, 2)[warps])
+
+
+def to_int32(total: Array, satfinite: bool) -> Array:
+    """Sums that are exact in float64."""
+    if satfinite:
+        return np.clip(total, -(2.0**31), 2.0**31 - 1).astype(np.int32)
+    return total.astype(np.int64).astype(np.int32)
+
+
+def scatter(m: Machine, writes: list[Write], d: Array, warps: Array, mask: Mask) -> None:
+    """[warps, 16, 8] to the registers of D."""
+    values = registers_of_d(d)
+    for i, write in enumerate(writes):
+        write(m, np.ascontiguousarray(spread_warps(m, warps, values[:, i])), mask)
+
+
 @opcode("mma")
 def _mma(ins: Instruction, kernel: Kernel) -> Execute:
     mods = Modifiers(ins)
     if mods.flag("sp", "sp::ordered_metadata"):
-        raise ins.unknown("mma.sp is not modelled")
+        return _sparse(ins, mods)
     mods.sequence("sync", "aligned")
     shape = mods.one_of("m16n8k8", "m16n8k16", "m16n8k32")
     mods.sequence("row", "col")
@@ -87,25 +108,63 @@ def _mma(ins: Instruction, kernel: Kernel) -> Execute:
     read_a, read_b = [source(ins, x, B32) for x in a], [source(ins, x, B32) for x in b]
     read_c = [source(ins, x, result) for x in c]
 
-    def gather(m: Machine, reads: list[Callable[[Machine], Array]], warps: Array) -> Array:
-        """[warps, registers, 32]"""
-        rows = np.stack([m.vector(read(m)) for read in reads])
-        return rows.reshape(len(reads), -1, 32).transpose(1, 0, 2)[warps]
-
     def execute(m: Machine, mask: Mask) -> None:
         warps = whole_warps(m, mask, "mma")
-        x = widen_a(np.ascontiguousarray(gather(m, read_a, warps))).reshape(len(warps), 2 * n_b, 32, e)
-        y = widen_b(np.ascontiguousarray(gather(m, read_b, warps))).reshape(len(warps), n_b, 32, e)
+        x = widen_a(gather(m, read_a, warps)).reshape(len(warps), 2 * n_b, 32, e)
+        y = widen_b(gather(m, read_b, warps)).reshape(len(warps), n_b, 32, e)
         z = fragment_c(gather(m, read_c, warps)).astype(np.float64)
         total = np.matmul(fragment_a(x, e), fragment_b(y, e)) + z
-        if not integer:
-            out = total.astype(np.float32)
-        elif satfinite:
-            out = np.clip(total, -(2.0**31), 2.0**31 - 1).astype(np.int32)
-        else:
-            out = total.astype(np.int64).astype(np.int32)
-        values = registers_of_d(out)
-        for i, write in enumerate(writes):
-            write(m, np.ascontiguousarray(spread_warps(m, warps, values[:, i])), mask)
+        scatter(m, writes, to_int32(total, satfinite) if integer else total.astype(np.float32), warps, mask)
+
+    return execute
+
+
+def dense_a(kept: Array, metadata: Array) -> Array:
+    """A [warps, 16, 64] of its kept elements [warps, 16, 32] and the metadata [warps, 32].
+
+    Thread t of a quad has the metadata of row g + 8 (t % 2), columns 32 (t / 2) and the 31 after: four bits for each 4
+    columns, two for each of the two elements kept.
+    """
+    warps = len(kept)
+    # [warps, row half, g, column half] -> [warps, 16, 2]
+    words = metadata.reshape(warps, 8, 2, 2).transpose(0, 3, 1, 2).reshape(warps, 16, 2)
+    pairs = words[..., None] >> (2 * np.arange(16, dtype=np.uint32)) & np.uint32(3)
+    positions = pairs.reshape(warps, 16, 16, 2)
+    if (positions[..., 0] >= positions[..., 1]).any():
+        raise InvalidOperand("metadata: the two positions of four columns are not in ascending order")
+    out = np.zeros((warps, 16, 16, 4))
+    np.put_along_axis(out, positions.astype(np.int64), kept.reshape(warps, 16, 16, 2), 3)
+    return out.reshape(warps, 16, 64)
+
+
+def _sparse(ins: Instruction, mods: Modifiers) -> Execute:
+    """mma.sp of m16n8k64, A with 2 of 4 columns kept; its 32 kept columns lie as those of a dense m16n8k32.
+
+    ISA 9.7.14.6; that its figures of the metadata say what `dense_a` does was checked against CuTe's ELayout and
+    against the order in which torch stores it for CUTLASS, not on hardware.
+    """
+    mods.sequence("sync", "aligned", "m16n8k64", "row", "col")
+    satfinite = mods.flag("satfinite")
+    types = list(mods.left)
+    if len(types) != 4 or (types[0], types[3]) != ("s32", "s32") or not {types[1], types[2]} <= {"s8", "u8"}:
+        raise ins.unknown("types: only bytes are modelled")
+    *matrices, word, selector = ins.expect(6)
+    d, a, b, c = (items(o) for o in matrices)
+    if (len(d), len(a), len(b), len(c)) != (4, 4, 4, 4):
+        raise ins.unknown("numbers of registers")
+    if not isinstance(selector, Immediate) or selector.value:
+        raise ins.unknown("the selector: expected 0, for all threads have metadata")
+    widen_a, widen_b = _ELEMENTS[types[1]][1], _ELEMENTS[types[2]][1]
+    writes = [sink(ins, x, S32) for x in d]
+    read_a, read_b = [source(ins, x, B32) for x in a], [source(ins, x, B32) for x in b]
+    read_c, read_word = [source(ins, x, S32) for x in c], source(ins, word, B32)
+
+    def execute(m: Machine, mask: Mask) -> None:
+        warps = whole_warps(m, mask, "mma.sp")
+        kept = fragment_a(widen_a(gather(m, read_a, warps)).reshape(len(warps), 4, 32, 4), 4)
+        x = dense_a(kept, gather(m, [read_word], warps)[:, 0])
+        y = fragment_b(widen_b(gather(m, read_b, warps)).reshape(len(warps), 4, 32, 4), 4)
+        z = fragment_c(gather(m, read_c, warps)).astype(np.float64)
+        scatter(m, writes, to_int32(np.matmul(x, y) + z, satfinite), warps, mask)
 
     return execute
