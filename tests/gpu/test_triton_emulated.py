@@ -223,7 +223,10 @@ def test_attention(architecture, case):
     relative = HALF_UNIT[to_v.dtype] + 131 * 2.0**-24 + 3 * 2.0**-19
     bound = relative * magnitude + HALF_UNIT[dtype] * expected.abs() + 1e-7
     assert ((out.double() - expected).abs() <= bound)[~empty].all()
-    assert ((lse.double() - expected_lse - shift) / (1 + expected_lse.abs()))[~empty].abs().max() <= 2.0**-17
+    # the plain loop rounds all logarithms of a query by the same, below a unit of the integer scores
+    _, q_scale, _, k_scale, *_ = gpu.launched[-1].args
+    unit = (q_scale.max() * k_scale.max()).item() * math.log(2)
+    assert ((lse.double() - expected_lse - shift).abs() <= unit + 2.0**-19 * (1 + expected_lse.abs()))[~empty].all()
 
 
 def integers_are_right(launch, q, k, scale):
