@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx import DivergentBarrier, DivergentWarp
+from ptx import DivergentBarrier, DivergentWarp, Endless, Uninitialised
 from ptx.flow import basic_blocks
 from ptx.parse import parse
 from ptx_samples import entry, run
@@ -149,6 +149,17 @@ def test_barriers_in_a_loop():
 def test_barriers_that_not_all_reach(body, message):
     with pytest.raises(DivergentBarrier, match=message):
         run(body, np.zeros(1), threads=64)
+
+
+def test_a_block_that_does_not_end(monkeypatch):
+    monkeypatch.setattr("ptx.machine.MOST_INSTRUCTIONS", 1000)
+    with pytest.raises(Endless, match="line"):
+        run("L: add.s32 %r1, %r0, 1;\nbra L;", np.zeros(1))
+
+
+def test_a_branch_by_what_nothing_wrote():
+    with pytest.raises(Uninitialised, match=r"line \d+: @%p1 bra L"):
+        run("@%p1 bra L;\nmov.b32 %r1, 0;\nL:", np.zeros(1))
 
 
 def test_a_shuffle_on_one_side_of_a_branch():

@@ -18,10 +18,12 @@ What is reported, each as an exception of its own (`errors`), with the line of P
     Misaligned        an address that its access cannot have
     Uninitialised     a read of memory that nothing wrote; a branch or an address from a register that nothing wrote
     AsyncNotWaited    an access to the target of a cp.async before the issuing thread waited for its group
-    Race              two warps on one byte of shared memory between two barriers, or two blocks on one byte of global
-                      memory, at least one of them writing; two threads that store different values at once
+    Race              two warps on one byte of shared memory between two barriers, at least one of them writing; a
+                      block that reads or writes a byte of global memory which one before it wrote (run both orders of
+                      blocks); two threads that store different values at once
     DivergentBarrier  a barrier that part of a warp, or of the block, does not reach; also after an early exit
     InvalidOperand    a value that has no result: division by zero, metadata of mma.sp out of order
+    Endless           a block that does not end
     DivergentWarp     a shuffle, vote, reduction or matrix instruction without all its members
 
 What is taken to be ideal, so that no defect is found there
@@ -47,6 +49,7 @@ from .errors import (
     AsyncNotWaited,
     DivergentBarrier,
     DivergentWarp,
+    Endless,
     InvalidOperand,
     Misaligned,
     OutOfBounds,
@@ -62,6 +65,7 @@ __all__ = [
     "Buffer",
     "DivergentBarrier",
     "DivergentWarp",
+    "Endless",
     "InvalidOperand",
     "Misaligned",
     "OutOfBounds",

@@ -35,6 +35,10 @@ class InvalidOperand(PtxError):
     """A value for which the ISA gives an instruction no result."""
 
 
+class Endless(PtxError):
+    """A block that does not come to its end."""
+
+
 class DivergentBarrier(PtxError):
     """A barrier that not all threads of the block reach together."""
 

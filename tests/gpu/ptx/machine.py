@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DivergentBarrier, PtxError, Uninitialised
+from .errors import DivergentBarrier, Endless, PtxError, Uninitialised
 from .flow import BasicBlock, ends_block
 from .memory import GlobalMemory, SharedMemory
 from .program import Kernel
@@ -21,12 +21,16 @@ from .types import Array, Mask
 #: Of registers that a thread has not written, when others have: no number in any float type, no small integer.
 POISON_BITS = 0xFFE7FFE7FFE7FFE7
 
+#: Of a block; our kernels' tests need a hundredth. It takes the emulator half a minute.
+MOST_INSTRUCTIONS = 1_000_000
+
 Execute = Callable[["Machine", Mask], None]
 
 
 @dataclass
 class Decoded:
-    """A kernel ready to run. conditions: for a block that ends in a conditional branch or exit, its guard."""
+    """A kernel ready to run. steps: of each basic block, without what ends it; and the number of each instruction.
+    guards: of the branch or exit that ends it."""
 
     kernel: Kernel
     blocks: list[BasicBlock]
@@ -69,7 +73,6 @@ class Machine:
         self.group = np.zeros(self.threads, np.int64)
         # padded to whole warps: a lane that does not exist never takes part
         self.lanes = -(-self.threads // 32) * 32
-        self.exited = np.zeros(self.threads, bool)
         self.special = self._special()
 
     def _special(self) -> dict[str, Array]:
@@ -176,7 +179,7 @@ class _Schedule:
             where = self.at[ready]
             block = int(where[np.argmin(self.ranks[where])])
             return block, ready & (self.at == block)
-        live = self.at < self.end
+        live = (self.at < self.end) | self.waiting
         if not live.any():
             return None
         if not live.all():
@@ -201,22 +204,26 @@ class _Schedule:
     def _step(self, number: int, mask: Mask) -> int | None:
         """Runs a block; the next one if all threads are together there, else None and `at` says where each is."""
         m, block = self.m, self.d.blocks[number]
-        step = 0
-        try:
-            for step, (execute, _) in enumerate(self.d.steps[number]):  # noqa: B007  where it stopped
-                execute(m, mask)
-        except PtxError as error:
-            where = self.d.kernel.instructions[self.d.steps[number][step][1]].where()
-            raise type(error)(f"{error}; block {m.block}; {where}") from None
-        m.executed += block.end - block.start
-        last = self.d.kernel.instructions[block.end - 1]
+        at = block.start
         guard = self.d.guards[number]
+        try:
+            for execute, index in self.d.steps[number]:
+                at = index
+                execute(m, mask)
+            at = block.end - 1
+            taken = None if guard is None else guard(m)
+            m.executed += block.end - block.start
+            if m.executed > MOST_INSTRUCTIONS:
+                raise Endless(f"more than {MOST_INSTRUCTIONS} instructions")
+        except PtxError as error:
+            where = self.d.kernel.instructions[at].where()
+            raise type(error)(f"{error}; block {m.block}; {where}") from None
+        last = self.d.kernel.instructions[block.end - 1]
         if last.opcode == "bra":
             target = block.target
             assert target is not None
-            if guard is None:
+            if taken is None:
                 return self._move(mask, target)
-            taken = guard(m)
             following = number + 1
             if mask is None:
                 if taken.all():
@@ -228,7 +235,7 @@ class _Schedule:
             self.at[mask] = np.where(taken, target, following)[mask]
             return None
         if last.opcode in ("ret", "exit"):
-            ending = guard(m) if guard is not None else np.ones(m.threads, bool)
+            ending = np.ones(m.threads, bool) if taken is None else taken
             if mask is None and ending.all():
                 return self.end
             self.at[slice(None) if mask is None else mask] = number + 1

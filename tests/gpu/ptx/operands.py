@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .machine import Machine
-from .memory import GLOBAL_BASE
 from .program import Address, Immediate, Instruction, Kernel, Not, Operand, Register, Sink, Special, Symbol, Vector
 from .types import RAW, Array, Mask, PtxType
 
@@ -129,6 +128,3 @@ def guard(ins: Instruction) -> Callable[[Machine], NDArray[np.bool_]] | None:
     if ins.guard_negated:
         return lambda m: ~m.read_written(index)
     return lambda m: m.read_written(index)
-
-
-__all__ = ["GLOBAL_BASE", "Read", "Write", "addresses", "constant", "guard", "items", "raw_bits", "sink", "source"]

@@ -31,8 +31,8 @@ __device__ void multiply(int (&d)[4], const unsigned (&a)[4], const unsigned (&b
 
 __device__ unsigned word(const int8_t* p) { return *reinterpret_cast<const unsigned*>(p); }
 
-extern "C" __global__ void __launch_bounds__(128) tiled_product(const int8_t* a, const int8_t* b, int* c, int* row_max,
-                                                                int m, int n, int k) {
+extern "C" __global__ void __launch_bounds__(128)
+    tiled_product(const int8_t* a, const int8_t* b, int* c, int* row_max, int m, int n, int k) {
   __shared__ __align__(16) int8_t tile_a[2][kTile][kStride], tile_b[2][kTile][kStride];
   __shared__ int largest[kTile];
   const int thread = threadIdx.x, warp = thread / 32, group = thread % 32 / 4, within = thread % 4;
