@@ -273,6 +273,17 @@ def test_integers_to_floats():
     ]
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("s16", np.int16), ("u16", np.uint16), ("s32", np.int32)])
+def test_integers_to_narrow_floats(name, dtype):
+    x = np.random.default_rng(0).integers(np.iinfo(dtype).min, np.iinfo(dtype).max, 500).astype(dtype)
+    x[:250] //= dtype(2 ** (x.itemsize * 8 - 14))
+    exact = [Fraction(int(v)) for v in x]
+    with np.errstate(over="ignore"):
+        assert evaluate(f"cvt.rn.f16.{name} d, a;", [x], F16).tolist() == [rounded(e, "f16") for e in exact]
+    got = evaluate(f"cvt.rn.bf16.{name} d, a;", [x], np.uint16)
+    assert (got.astype(np.uint32) << 16).view(F32).tolist() == [rounded(e, "bf16") for e in exact]
+
+
 def test_floats_to_narrower_floats():
     x = floats(8)
     x = x[np.isfinite(x)]

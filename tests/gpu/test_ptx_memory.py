@@ -149,6 +149,38 @@ def test_blocks_do_not_share_what_they_write():
             "[%d0];", np.zeros(1, I32), blocks=2)  # fmt: skip
 
 
+LAST_BLOCK_READS = """mov.u32 %r1, %ctaid.x;
+mul.wide.u32 %d9, %r1, 4;
+add.s64 %d9, %d9, %d0;
+st.global.b32 [%d9], 7;
+{before}
+atom.global.gpu.{order}.add.u32 %r2, [%d1], 1;
+{after}
+setp.ne.s32 %p1, %r2, 1;
+@%p1 ret;
+ld.global.cg.v2.b32 {{%r3, %r4}}, [%d0];
+add.s32 %r3, %r3, %r4;
+st.global.b32 [%d2], %r3;"""
+
+
+@pytest.mark.parametrize(
+    ("before", "order", "after", "ordered"),
+    [("", "acq_rel", "", True), ("fence.acq_rel.gpu;", "relaxed", "membar.gl;", True), ("", "relaxed", "", False),
+     ("membar.cta;", "relaxed", "membar.cta;", False), ("", "release", "", False)],
+)  # fmt: skip
+def test_the_last_block_reads_what_the_others_released(before, order, after, ordered):
+    body = LAST_BLOCK_READS.format(before=before, order=order, after=after)
+    for reverse in (False, True):
+        count, total = np.zeros(1, I32), np.zeros(1, I32)
+        arrays = (np.zeros(2, I32), count, total)
+        if ordered:
+            run(body, *arrays, threads=1, blocks=2, reverse=reverse)
+            assert total[0] == 14
+        else:
+            with pytest.raises(Race, match="another block wrote"):
+                run(body, *arrays, threads=1, blocks=2, reverse=reverse)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_atomics(reverse):
     count, highest = np.zeros(1, I32), np.full(1, -5, I32)

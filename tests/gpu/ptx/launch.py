@@ -88,6 +88,7 @@ def launch(
     numbers = range(grid[0] * grid[1] * grid[2])
     for number in reversed(numbers) if reverse else numbers:
         place = (number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1]))
+        memory.new_block()
         machine = Machine(kernel, memory, given, place, grid, block, shared_bytes, number)
         machine.run()
         count += machine.executed

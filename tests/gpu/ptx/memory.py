@@ -53,7 +53,8 @@ class Buffer:
 
 class GlobalMemory:
     """Buffers with gaps between. Blocks of a launch run one after another, in truth at once: a byte that one of them
-    writes and another one reads or writes, atomics apart, is a race."""
+    writes and another one reads or writes, atomics apart, is a race, unless the first one released it and the other one
+    acquired it: by an atomic that says so or by a fence."""
 
     def __init__(self) -> None:
         self._buffers: list[tuple[int, Bytes, NDArray[np.bool_], NDArray[np.bool_]]] = []
@@ -102,6 +103,24 @@ class GlobalMemory:
 
     def new_launch(self) -> None:
         self.writer[:] = NOBODY
+        self.published = np.zeros(self.bytes.size, bool)
+        self.new_block()
+
+    def new_block(self) -> None:
+        self.visible = np.zeros(self.bytes.size, bool)
+
+    def release(self, block: int) -> None:
+        """What the block has written so far is there for who acquires it."""
+        self.published |= self.writer == block
+
+    def acquire(self) -> None:
+        """The running block sees what was released."""
+        self.visible |= self.published
+
+    def _of_others(self, index: Addresses, block: int) -> NDArray[np.bool_]:
+        """Which accesses [n] touch what another block wrote and this one does not see in order."""
+        writer = self.writer[index]
+        return ((writer != NOBODY) & (writer != block) & ~self.visible[index]).any(1)
 
     def content(self, address: int, size: int) -> Bytes:
         start = address - GLOBAL_BASE
@@ -148,14 +167,12 @@ class GlobalMemory:
     def _read(
         self, at: Addresses, addresses: Addresses, size: int, width: int, threads: NDArray[np.int64], block: int
     ) -> NDArray[np.generic]:
-        first = self.writer[at]
-        if self.has_unwritten or (first != NOBODY).any():
+        if self.has_unwritten or (self.writer[at] != NOBODY).any():
             index = spread(at, size)
             bad = (self.state[index] != WRITTEN).any(1)
             if bad.any():
                 raise Uninitialised(f"global load: {_first(bad, threads, addresses)}")
-            writer = self.writer[index]
-            bad = ((writer != NOBODY) & (writer != block)).any(1)
+            bad = self._of_others(index, block)
             if bad.any():
                 raise Race(f"global load of what another block wrote: {_first(bad, threads, addresses)}")
         return self._views[width][at[:, None] // width + np.arange(size // width)]
@@ -166,11 +183,10 @@ class GlobalMemory:
         size = values.shape[1] * width
         at = self._check(addresses, size, threads, "global store")
         index = spread(at, size)
-        writer = self.writer[index]
-        bad = ((writer != NOBODY) & (writer != block)).any(1)
+        bad = self._of_others(index, block)
         if bad.any():
             raise Race(f"global store to what another block wrote: {_first(bad, threads, addresses)}")
-        self.writer[index], self.state[index] = block, WRITTEN
+        self.writer[index], self.state[index], self.published[index] = block, WRITTEN, False
         places = at[:, None] // width + np.arange(values.shape[1])
         self._views[width][places] = values
         bad = (self._views[width][places] != values).any(1)

@@ -13,7 +13,7 @@ from ..machine import Execute, Machine
 from ..operands import raw_bits, sink, source, variable
 from ..program import Instruction, Kernel, Modifiers, Symbol, Vector
 from ..registry import opcode
-from ..rounding import flush, narrow_bf16, to_integer, widen_bf16
+from ..rounding import flush, narrow_bf16, narrow_bf16_from_f64, to_integer, widen_bf16
 from ..types import F32, TYPES, Array, Mask, PtxType
 from .common import saturating, scalar_type
 
@@ -125,6 +125,11 @@ def _conversion(ins: Instruction, mods: Modifiers, from_: PtxType, to: PtxType) 
         return lambda x: np.clip(x, max(low, own.min), min(high, own.max)).astype(dtype)
     if from_.is_integer:
         mods.sequence("rn")
+        if to.bits == 16 and from_.bits <= 32:
+            # float64 holds these integers exactly, so that they are rounded once
+            if to.kind == "bf":
+                return lambda x: narrow_bf16_from_f64(x.astype(np.float64))
+            return lambda x: x.astype(np.float64).astype(np.float16)
         if to.bits != 32:
             raise ins.unknown(f".{to.name} from .{from_.name} is not modelled")
         # 64-bit integers to float64 would round twice; numpy's int64 to float32 rounds once

@@ -1,7 +1,7 @@
 """ld, st, atom, red, fences.
 
 ISA 9.7.9 (data movement), 9.7.13 (fences, atomics). What a load says about caches is checked for being a known word and
-has no effect; so have acquire and release, for all is done in one order.
+has no effect; acquire and release order blocks (`GlobalMemory`), within a block all is done in one order.
 """
 
 from __future__ import annotations
@@ -167,10 +167,11 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
     """In global memory, one thread after another in the order of their numbers."""
     mods = Modifiers(ins)
     type_ = scalar_type(ins, mods.last())
-    if mods.any_of(*_ORDER[2:]):
-        mods.one_of(*_SCOPES)
-    else:
-        mods.any_of(*_SCOPES)
+    order = mods.any_of(*_ORDER[2:])
+    scope = mods.one_of(*_SCOPES) if order else mods.any_of(*_SCOPES)
+    # within a block, or a cluster, it orders nothing between blocks
+    wide = scope in ("gpu", "sys")
+    releases, acquires = wide and order in ("release", "acq_rel"), wide and order in ("acquire", "acq_rel")
     if space_of(ins, mods) != "global":
         raise ins.unknown("atomics are modelled in global memory alone")
     name = mods.one_of(*_ATOMIC, "cas")
@@ -189,6 +190,8 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
     def execute(m: Machine, mask: Mask) -> None:
         at = address(m)
         values = [m.vector(read(m)) for read in reads]
+        if releases:
+            m.memory.release(m.block_number)
         old = np.zeros(m.threads, dtype)
         for thread in m.active(mask):
             view, index = m.memory.cell(int(at[thread]), width, int(thread))
@@ -198,6 +201,8 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
                 typed[index] = values[1][thread] if before == values[0][thread] else before
             else:
                 typed[index] = combine(before, values[0][thread])
+        if acquires:
+            m.memory.acquire()
         write(m, old, mask)
 
     return execute
@@ -205,15 +210,23 @@ def _atomic(ins: Instruction, kernel: Kernel) -> Execute:
 
 @opcode("fence", "membar")
 def _fence(ins: Instruction, kernel: Kernel) -> Execute:
+    """Before an atomic it releases, after one it acquires: both here."""
     ins.expect(0)
     mods = Modifiers(ins)
     if ins.opcode == "membar":
-        mods.one_of("cta", "gl", "sys")
+        scope = mods.one_of("cta", "gl", "sys")
     else:
         mods.any_of("sc", "acq_rel")
-        mods.one_of(*_SCOPES)
+        scope = mods.one_of(*_SCOPES)
     mods.end()
-    return no_operation
+    if scope in ("cta", "cluster"):
+        return no_operation
+
+    def execute(m: Machine, mask: Mask) -> None:
+        m.memory.release(m.block_number)
+        m.memory.acquire()
+
+    return execute
 
 
 @opcode("createpolicy")
