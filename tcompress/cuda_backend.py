@@ -60,7 +60,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor | None, *args: Any, **kwargs: 
 
 
 def _linear_quantized(
-    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, weight: torch.Tensor | None, *args: Any, **kwargs: Any
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    weight: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> str | None:
     return IN_CPU_LAYOUT if weight is None else None
 

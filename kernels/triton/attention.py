@@ -193,6 +193,8 @@ def attention(
     mask_ptr = x.q if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     right, offset = 0 if causal else right, skv - sq if bottom_right else 0
     m_blocks, n_blocks = x.q.shape[1] // tile.block_m, x.k_scale.shape[1]
+    # an option that only NVIDIA's compiler knows: not even None may be given to another
+    bound = {} if tile.registers is None else {"maxnreg": tile.registers}
     attend[(b * heads * m_blocks,)](
         x.q, x.q_scale, x.k, x.k_scale, v, mask_ptr, x.q_scale if x.shift is None else x.shift, out, lse,
         sq, skv, dv, heads, heads // kv_heads, m_blocks, n_blocks, offset + right, offset - left, scale,
@@ -200,6 +202,6 @@ def attention(
         *v.stride(), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
         LAST=right >= 0, FIRST=left >= 0, SOFTCAP=softcap > 0, MASK=kind.value, HAS_LSE=return_lse,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        num_warps=tile.warps, num_stages=tile.stages, **bound,
     )  # fmt: skip
     return out, lse

@@ -27,8 +27,9 @@ def steps(bits: int, symmetric: bool) -> tuple[int, float, float]:
 
 
 def capability(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's GPU, 90 for 9.0; 80 in Triton's interpreter."""
-    if not x.is_cuda:
+    """Compute capability of the tensor's GPU, 90 for 9.0; 80 in Triton's interpreter, and on AMD's, whose numbers (94
+    for gfx942) mean something else."""
+    if not x.is_cuda or torch.version.hip:
         return 80
     major, minor = torch.cuda.get_device_capability(x.device)
     return major * 10 + minor

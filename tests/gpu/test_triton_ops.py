@@ -21,7 +21,9 @@ from tcompress import backend, explain, nn, ops, use_backend  # noqa: E402
 from tcompress.nn.quantized_linear import multi_linear  # noqa: E402
 from tcompress.ops._registry import OPS  # noqa: E402
 
-FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear")
+FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear", "int4_linear")
+#: Tests of their error: test_triton_attention, test_triton_decode.
+ATTENTION = ("quantized_attention", "kv_cache_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,7 @@ def in_storage_layout(op, arguments):
     return tuple(arguments)
 
 
-SAMPLES = [
-    (op, i) for op in KERNELS if op != "quantized_attention" for i, _ in enumerate(cases.SAMPLES[op])
-]  # attention has its own error: test_triton_attention
+SAMPLES = [(op, i) for op in KERNELS if op not in ATTENTION for i, _ in enumerate(cases.SAMPLES[op])]
 
 
 def sample(op, i):

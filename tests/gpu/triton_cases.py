@@ -20,3 +20,11 @@ def require() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     pytest.importorskip("triton", reason="triton is not installed")
     import interpreter  # noqa: F401  makes bfloat16 right
+
+
+def require_compiler() -> None:
+    """For tests that compile in another process: Triton has to be there, and where others want its interpreter it
+    has to be on before Triton is imported here."""
+    if "triton" not in sys.modules and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    pytest.importorskip("triton", reason="triton is not installed")

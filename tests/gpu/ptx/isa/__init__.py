@@ -1,0 +1,16 @@
+"""The instructions. Importing a module registers its decoders."""
+
+from . import arithmetic, asynchronous, convert, floating, integer, logic, matrix, matrix_access, memory_access, warp
+
+__all__ = [
+    "arithmetic",
+    "asynchronous",
+    "convert",
+    "floating",
+    "integer",
+    "logic",
+    "matrix",
+    "matrix_access",
+    "memory_access",
+    "warp",
+]
