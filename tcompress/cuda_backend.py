@@ -1,5 +1,5 @@
-"""The CUDA C++ kernels as a backend of the ops: `csrc/cuda/bindings_cuda.cpp` registers them under torch's CUDA key when
-`tcompress._C_cuda` is imported, and this file declares what they take.
+"""The CUDA C++ kernels as a backend of the ops: `csrc/cuda/bindings_cuda.cpp` registers them under torch's CUDA key
+when `tcompress._C_cuda` is imported, and this file declares what they take.
 
 They ran on a GPU only where docs/gpu.md says so.
 """
