@@ -15,6 +15,10 @@
 
 #include "cpu/dtype.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name until torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using tcompress::cpu::DType;
