@@ -34,7 +34,7 @@ def dummy_op(monkeypatch):
 def test_cpu_is_chosen_on_the_cpu_and_the_reference_elsewhere():
     assert backend.select("int8_linear", X, WEIGHT, SCALE) == "cpu"
     assert backend.select("int8_linear", X.to("meta"), WEIGHT.to("meta"), SCALE.to("meta")) == "reference"
-    assert backend.kernels("int8_linear") == ("triton", "cpu")
+    assert backend.kernels("int8_linear") == ("triton", "cuda", "cpu")
     assert backend.kernels("unheard_of") == ()
 
 

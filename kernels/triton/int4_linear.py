@@ -39,8 +39,8 @@ def int4_tile(capability: int, m: int, n: int, k: int, group_size: int, dtype: t
         longest *= 2
     floats = dtype == torch.float32
     if m <= NARROW_TOKENS:
-        block_m = 1 if m == 1 else 16 if m <= 16 else 32
-        block_n = 16 if m == 1 or floats else 32
+        block_m = 16 if m <= 16 else 32  # for one token too: on an H100 a third of the time of products of vectors
+        block_n = 16 if floats else 32
         block_k = min(longest, 64 if floats else 128)
         tiles, split = -(-n // block_n), 1
         while tiles * split < PROCESSORS and k >= LEAST_PART * 2 * split and split < 16:

@@ -107,6 +107,7 @@ def linear(
         linear_wide[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
             *pointers, m, n, k, a.stride(0), weight.stride(0), stride_residual,
             **blocks, GROUP=tile.group, WHOLE_K=k % tile.block_k == 0, **flags,
+            **({} if tile.registers is None else {"maxnreg": tile.registers}),
         )  # fmt: skip
         return out
     tiles = triton.cdiv(n, tile.block_n)

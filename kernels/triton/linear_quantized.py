@@ -70,8 +70,9 @@ def multiply(
     if isinstance(tile, WideTiles):
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         linear_wide[grid](
-            *pointers, m, n, k, q.stride(0), weight.stride(0), stride_residual, GROUP=tile.group, **constants
-        )
+            *pointers, m, n, k, q.stride(0), weight.stride(0), stride_residual, GROUP=tile.group, **constants,
+            **({} if tile.registers is None else {"maxnreg": tile.registers}),
+        )  # fmt: skip
         return out
     tiles = triton.cdiv(n, tile.block_n)
     part = triton.cdiv(triton.cdiv(k, tile.split_k), tile.block_k) * tile.block_k
