@@ -42,8 +42,8 @@ def test_preference_does_not_depend_on_the_order_of_registration(dummy_op):
     reasons = dict.fromkeys(("cpu", "triton", "cuda"))
     for name in reasons:
         backend.register_kernel(dummy_op, name, unsupported=lambda x, name=name: reasons[name])
-    assert backend.kernels(dummy_op) == ("cuda", "triton", "cpu")
-    for expected in ("cuda", "triton", "cpu", "reference"):
+    assert backend.kernels(dummy_op) == ("triton", "cuda", "cpu")
+    for expected in ("triton", "cuda", "cpu", "reference"):
         assert backend.select(dummy_op, X) == expected
         assert explain(dummy_op, X).backend == expected
         reasons[expected] = f"no {expected} today"
@@ -169,7 +169,7 @@ def test_explain_lists_every_candidate(monkeypatch):
     assert [c.name for c in explanation.candidates if c.chosen] == ["cpu", f"cpu/{USABLE[-1]}"]
     reasons = {c.name: c.reason for c in explanation.candidates}
     assert reasons["cpu"] == "chosen"
-    assert reasons["cuda"] == "no kernel for this op yet"
+    assert reasons["cuda"] == "the input is on cpu"
     assert reasons["triton"] == "the input is on cpu"
     assert reasons["reference"] == "passed over: a kernel is faster"
     assert reasons[f"cpu/{USABLE[-1]}"] == "chosen: the highest usable path"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_cuda import fake_cuda, on_cuda
 
-from tcompress import backend, explain, nn, ops, triton_backend, use_backend
+from tcompress import backend, cuda_backend, explain, nn, ops, triton_backend, use_backend
 from tcompress.nn.quantized_linear import multi_linear
 from tcompress.ops._registry import OPS
 
@@ -96,8 +96,8 @@ def test_reasons_of_linear_layers():
         x, weight = torch.empty(3, 16, device="cuda"), torch.empty(5, 16, device="cuda", dtype=torch.int8)
         scale = torch.empty(5, device="cuda")
         expected = {
-            "cuda": "no kernel for this op yet",
             "triton": "chosen",
+            "cuda": cuda_backend.WHY_NOT or "passed over: triton is preferred",
             "cpu": "the input is on cuda",
             "reference": "passed over: a kernel is faster",
         }
@@ -108,8 +108,11 @@ def test_reasons_of_linear_layers():
         assert (chosen, why["triton"][:25]) == ("reference", "bits=8, symmetric=False: ")
         with use_backend("cpu"), pytest.raises(RuntimeError, match="the input is on cuda"):
             ops.int8_linear(x, weight, scale)
+        if cuda_backend.WHY_NOT:
+            with use_backend("cuda"), pytest.raises(RuntimeError, match="the CUDA extension"):
+                ops.int8_linear(x, weight, scale)
         with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no kernel for this op"):
-            ops.int8_linear(x, weight, scale)
+            ops.int8_unpack(torch.empty(0, dtype=torch.int8, device="cuda"), 0, 0)
 
 
 def test_reasons_of_attention():
@@ -117,12 +120,14 @@ def test_reasons_of_attention():
         q = torch.empty(1, 2, 70, 64, device="cuda", dtype=torch.float16)
         op = ops.quantized_attention
         assert reasons(op, q, q, q, bits=8, is_causal=True)[0] == "triton"
-        for options, why in (({"bits": 12}, "bits=12"), ({"window": 4}, "window"), ({"softcap": 5.0}, "softcap")):
-            chosen, said = reasons(op, q, q, q, **{"bits": 8, **options})
-            assert chosen == "reference"
-            assert why in said["triton"]
-            with use_backend("triton"), pytest.raises(RuntimeError, match=why):
-                op(q, q, q, **{"bits": 8, **options})
+        for options in ({"window": 4}, {"softcap": 5.0}):
+            assert reasons(op, q, q, q, bits=8, **options)[0] == "triton"
+        chosen, said = reasons(op, q, q, q, bits=12)
+        assert chosen == "reference"
+        for backend_name in ("triton", "cuda"):
+            assert "bits=12" in said[backend_name] or cuda_backend.WHY_NOT in said.values()
+        with use_backend("triton"), pytest.raises(RuntimeError, match="bits=12"):
+            op(q, q, q, bits=12)
 
 
 def test_automatic_attention_is_what_was_measured_to_be_faster():
