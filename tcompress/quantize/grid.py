@@ -24,8 +24,8 @@ class Grid:
 
     ::
 
-        symmetric:   scale = max|W| / (2^(bits-1) - 1),                zero = 0,                       |q| ≤ 2^(bits-1) - 1
-        asymmetric:  scale = (max(W,0) - min(W,0)) / (2^bits - 1),     zero = round(-min(W,0) / scale), 0 ≤ q < 2^bits
+        symmetric:   scale = max|W| / (2^(bits-1) - 1),              zero = 0,                        |q| < 2^(bits-1)
+        asymmetric:  scale = (max(W,0) - min(W,0)) / (2^bits - 1),   zero = round(-min(W,0) / scale), 0 ≤ q < 2^bits
 
     Zero is always on the grid. Scales are rounded to the type they are stored in first; rounding is half to even.
 
@@ -89,9 +89,7 @@ class Grid:
             return PackedWeight(q.to(torch.int8), scale.contiguous(), (n, k))
         stored = q + SYMMETRIC_ZERO if self.zero is None else q
         zero_point = None if self.zero is None else self.zero.to(torch.uint8)
-        return PackedWeight(
-            pack_int4(stored.to(torch.uint8)), self.scale, (n, k), "int4", zero_point, self.group_size
-        )
+        return PackedWeight(pack_int4(stored.to(torch.uint8)), self.scale, (n, k), "int4", zero_point, self.group_size)
 
 
 def checked(weight: torch.Tensor, where: str) -> torch.Tensor:
