@@ -87,7 +87,7 @@ def test_defaults_of_the_sparse_steps():
     assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
     assert Sparse(scheme="W7A7", targets="a").scheme.name == "W7A7"
     step = Prune(sparsity=0.8)
-    assert (step.step, step.pattern, step.sparsity, step.scores) == ("prune", "8x4", 0.8, "magnitude")
+    assert (step.step, step.pattern, step.sparsity, step.algorithm) == ("prune", "8x4", 0.8, "magnitude")
     assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
     assert Prune(pattern="2:4").sparsity is None
     assert Prune(pattern="1:4", sparsity=0.75).sparsity == 0.75
@@ -105,7 +105,7 @@ def test_sparse_steps_in_yaml():
     assert written[0] == {
         "step": "prune",
         "pattern": "2:4",
-        "scores": "magnitude",
+        "algorithm": "magnitude",
         "targets": ["fc"],
         "ignore": ["lm_head"],
     }

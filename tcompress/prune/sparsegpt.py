@@ -10,7 +10,7 @@ from tcompress.packing import PackedWeight
 from tcompress.packing.sparse_pattern import Pattern
 from tcompress.prune.magnitude import all_but_smallest, block_scores, by_element, check, largest_of_groups
 from tcompress.quantize.column_update import BLOCK, fix_columns, inverse_factor
-from tcompress.quantize.grid import Grid
+from tcompress.quantize.gptq import gptq
 from tcompress.quantize.scheme import QuantArgs
 from tcompress.statistics import InputStatistics, checked_hessian
 
@@ -74,7 +74,6 @@ def sparsegpt(
     hessian = checked_hessian(statistics, w.shape[1], "sparsegpt").to(w.device)
     dead = hessian.diagonal() == 0
     w[:, dead] = 0
-    grid = None if args is None else Grid.of(w, args, "sparsegpt")
     mask = torch.ones_like(w, dtype=torch.bool)
     factor = inverse_factor(hessian + torch.diag(dead.float()), damping, "sparsegpt")
     diagonal = factor.diagonal()
@@ -95,6 +94,8 @@ def sparsegpt(
     width = parsed.size[1]
     block = width * (BLOCK // width)
     span = width if parsed.kind == "n_m" else block
-    values, integers = fix_columns(w, factor, None if grid is None else grid.column, keep, block, span)
-    packed = None if grid is None or integers is None else grid.pack(integers)
-    return SparseSolution(mask, values if packed is None else packed.dequantize(), packed)
+    values, _ = fix_columns(w, factor, None, keep, block, span)
+    if args is None:
+        return SparseSolution(mask, values)
+    packed = gptq(values, statistics, args, damping=damping)
+    return SparseSolution(mask, packed.dequantize(), packed)

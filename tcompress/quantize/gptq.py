@@ -16,7 +16,7 @@ def gptq(
     statistics: InputStatistics,
     args: QuantArgs,
     *,
-    mask: torch.Tensor | None = None,
+    keep_zeros: bool = True,
     act_order: bool = True,
     damping: float = 0.01,
 ) -> PackedWeight:
@@ -38,7 +38,7 @@ def gptq(
         weight: [N, K], any float type; computed in float32.
         statistics: of the layer's inputs, with a Hessian.
         args: of a `Scheme`'s weights.
-        mask: bool [N, K]; False becomes zero, and the other weights make up for that too. None keeps all.
+        keep_zeros: what is zero stays zero, so that a pruned weight keeps its pattern.
         act_order: columns in the order of descending diag H, so that the largest inputs are rounded while most others
             can still make up for it; else from the left to the right.
         damping: relative to the mean of H's diagonal.
@@ -49,20 +49,20 @@ def gptq(
     """
     w = checked(weight, "gptq")
     hessian = checked_hessian(statistics, w.shape[1], "gptq").to(w.device)
-    start = w if mask is None else w * mask
-    grid = Grid.of(start, args, "gptq")
+    grid = Grid.of(w, args, "gptq")
     diagonal = hessian.diagonal()
     hessian = hessian + torch.diag((diagonal == 0).float())  # dead columns: on their own, at the end
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(w.shape[1], device=w.device)
     factor = inverse_factor(hessian[order][:, order], damping, "gptq")
     places = order.tolist()
-    kept = None if mask is None else mask[:, order]
+    columns = w[:, order]
+    kept = columns != 0
     _, integers = fix_columns(
-        w[:, order],
+        columns,
         factor,
         lambda values, k: grid.column(values, places[k]),
-        None if kept is None else lambda values, first: kept[:, first : first + values.shape[1]],
-        span=1 if kept is None else BLOCK,
+        (lambda values, first: kept[:, first : first + values.shape[1]]) if keep_zeros and not kept.all() else None,
+        span=BLOCK,
     )
     assert integers is not None
     back = torch.empty_like(integers)

@@ -81,12 +81,15 @@ def test_dead_inputs_are_rounded_to_nearest():
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A16-g32", "W4A16-g64-asym"])
-def test_a_mask_stays_and_is_made_up_for(name):
+def test_zeros_stay(name):
     args, w, x = SCHEMES[name].weights, weight(32, 96), correlated(96)
-    mask = weight(32, 96, 5).abs() > 0.6
-    got = gptq(w, statistics_of(x), args, mask=mask).dequantize()
-    assert got[~mask].eq(0).all()
-    assert output_error(w, got, x) < 0.8 * output_error(w, round_to_nearest(w * mask, args).dequantize(), x)
+    w[weight(32, 96, 5).abs() < 0.6] = 0
+    got = gptq(w, statistics_of(x), args).dequantize()
+    assert got[w == 0].eq(0).all()
+    assert output_error(w, got, x) < 0.8 * output_error(w, round_to_nearest(w, args).dequantize(), x)
+    free = gptq(w, statistics_of(x), args, keep_zeros=False).dequantize()
+    assert not free[w == 0].eq(0).all()
+    assert output_error(w, free, x) < output_error(w, got, x)
 
 
 def test_fewer_tokens_than_inputs():
