@@ -21,6 +21,9 @@ from tcompress.errors import CompressionWarning
 
 #: Columns whose errors are added to the rest of the weight together (GPTQ's lazy batches, section 3.3, step 2).
 BLOCK = 128
+#: Within them, columns whose errors are added to the rest of the block together. Column by column across all 128 the
+#: updates took most of the time: bound by memory, with threads that wait for each other.
+_INNER = 16
 #: By how much the damping grows where the factorization fails, and how often.
 _LADDER = (1, 10, 100)
 
@@ -77,7 +80,7 @@ def fix_columns(
         rounding: what a column becomes; None leaves its values.
         keep: (current values [N, span], first column) -> bool [N, span], called for each `span` columns as they are
             reached; False becomes zero. None keeps all.
-        block: a multiple of span.
+        block: columns that are up to date when the first of them is reached; a multiple of span.
         span: columns over which `keep` decides at once.
 
     Returns:
@@ -86,22 +89,25 @@ def fix_columns(
     n, k = weight.shape
     columns = weight.t().contiguous()  # [K, N]: a column lies together
     integers = torch.empty_like(columns) if rounding else None
+    inner = span * max(_INNER // span, 1) if span < block else _INNER
     for start in range(0, k, block):
         end = min(start + block, k)
-        upper, errors = factor[start:end, start:end], columns.new_zeros(end - start, n)
-        diagonal = upper.diagonal().tolist()
-        part = columns[start:end]
-        for i in range(end - start):
-            if keep is not None and i % span == 0:
-                kept = keep(part[i : i + span].t(), start + i).t()
-            w = part[i].clone()
-            q = w if keep is None else w * kept[i % span]
-            if rounding is not None:
-                assert integers is not None
-                integers[start + i], q = rounding(q, start + i)
-            error = (w - q) / diagonal[i]
-            part[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
-            part[i] = q
-            errors[i] = error
+        errors = columns.new_zeros(end - start, n)
+        for first in range(start, end, inner):
+            last = min(first + inner, end)
+            part, upper, own = columns[first:last], factor[first:last, first:last], errors[first - start : last - start]
+            diagonal = upper.diagonal().tolist()
+            for i in range(last - first):
+                if keep is not None and (first + i - start) % span == 0:
+                    kept, chosen = keep(columns[first + i : min(first + i + span, end)].t(), first + i).t(), first + i
+                w = part[i].clone()
+                q = w if keep is None else w * kept[first + i - chosen]
+                if rounding is not None:
+                    assert integers is not None
+                    integers[first + i], q = rounding(q, first + i)
+                torch.div(w - q, diagonal[i], out=own[i])
+                part[i + 1 :].addr_(upper[i, i + 1 :], own[i], alpha=-1)
+                part[i] = q
+            columns[last:end].addmm_(factor[first:last, last:end].t(), own, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return columns.t().contiguous(), None if integers is None else integers.t().contiguous()
