@@ -74,8 +74,8 @@ def _sparse(match: Match, step: Sparse) -> SparseLinear:
 def pruned_copy(
     module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter], weight: torch.Tensor | None = None
 ) -> nn.Module:
-    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`; with
-    another weight [N, K], if one is given.
+    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`; if one
+    is given, with a weight [N, K] that has them already, and is taken as it is.
 
     Layers with a tied weight share the pruned one through `cache`.
     """
@@ -88,8 +88,7 @@ def pruned_copy(
             memo[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
             continue
         if id(old) not in cache:
-            new = linear_weight(module).detach() if weight is None else weight
-            new = new.masked_fill(~mask, 0)
+            new = linear_weight(module).detach().masked_fill(~mask, 0) if weight is None else weight
             new = new.t().contiguous() if is_conv1d(module) else new
             cache[id(old)] = nn.Parameter(new, old.requires_grad)
         memo[id(old)] = cache[id(old)]

@@ -286,3 +286,22 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("recipe", [None, 8, ["W8A8"], b"int8"])
 def test_wrong_type(recipe):
     assert type(recipe).__name__ in error_of(recipe, TypeError)
+
+
+def test_algorithms():
+    assert Quantize(scheme="W8A8").algorithm == "rtn"
+    assert not Quantize(scheme="W8A8").needs_data
+    assert Quantize(scheme="W4A16-g64", algorithm="gptq").needs_data
+    assert Quantize(attention="int8").algorithm is None
+    assert not Quantize(attention="int8").needs_data
+    assert not Prune(sparsity=0.5).needs_data
+    assert Prune(sparsity=0.5, algorithm="wanda").needs_data
+    assert Prune.model_validate({"sparsity": 0.5, "scores": "magnitude"}).algorithm == "magnitude"  # its former name
+    text = "inputs: original\nsteps:\n  - {step: prune, pattern: '2:4', algorithm: sparsegpt}\n"
+    recipe = Recipe.from_yaml(text)
+    assert (recipe.inputs, recipe.steps[0].algorithm) == ("original", "sparsegpt")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert "gptq" in error_of({"steps": [{"scheme": "W8A8", "algorithm": "luck"}]})
+    assert "steps.0.algorithm: got 'gptq', expected it in a step with a scheme only" in error_of(
+        {"steps": [{"step": "quantize", "attention": "int8", "algorithm": "gptq"}]}
+    )
