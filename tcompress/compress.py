@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.match_attention import match_attention
 from tcompress.nn import SparseLinear
 from tcompress.prune_step import Pruned, prune_masks
-from tcompress.recipe import Prune, Recipe
+from tcompress.recipe import Prune, Quantize, Recipe
 from tcompress.report.report import LayerReport, Report
 from tcompress.report.size import Sizes, model_sizes
+from tcompress.solve import Solution, solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
 from tcompress.weights import linear_weight
 
@@ -50,9 +53,10 @@ def compress(
     Args:
         model: any module. A module that stands at several places is replaced once, at all of them.
         recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
-        data: optional samples, on which each layer's output is compared with its replacement's for the report, and
-            by which attention that would lose too much (`Quantize.min_cosine`) stays in floating point. A tensor, a
-            mapping (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+        data: samples, on which each layer's output is compared with its replacement's for the report, and by which
+            attention that would lose too much (`Quantize.min_cosine`) stays in floating point. Optional, unless an
+            algorithm of the recipe decides by them (gptq, wanda, sparsegpt; `solve` says how). A tensor, a mapping
+            (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 
@@ -62,7 +66,8 @@ def compress(
     Raises:
         TypeError: `model` is no module, or an argument has an unusable type.
         ValueError: the recipe matches nothing, the model is compressed already, a weight holds NaN or infinity, or
-            `inplace` for a model that is a single layer. `model` is then unchanged.
+            `inplace` for a model that is a single layer, or the recipe needs `data` and none are given that can be
+            used. `model` is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
@@ -75,17 +80,22 @@ def compress(
     matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
     before = model_sizes(model)
 
-    cache: replace.PackedCache = {}
+    notes: list[str] = []
     show = progress and get_console().is_terminal
+    if steps_with_data(recipe):
+        solved, data, notes = solve(model, recipe, matches, pruned, converted, data, show)
+        pruned = {module: _pruned_by(solved[module], p) for module, p in pruned.items()}
+        matches = [_with_solution(m, solved) for m in matches]
+
+    cache: replace.PackedCache = {}
     steps = track(matches, "compressing", disable=not show, transient=True)
     replacements = {m.module: replace.compressed(m, cache) for m in steps}
     not_pruned = {skip.module: skip.reason for skip in prune_skips}
     layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
     only_pruned = {module: p for module, p in pruned.items() if module not in replacements}
     tied: dict[int, nn.Parameter] = {}
-    replacements |= {module: replace.pruned_copy(module, p.mask, tied) for module, p in only_pruned.items()}
+    replacements |= {module: replace.pruned_copy(module, p.mask, tied, p.weight) for module, p in only_pruned.items()}
 
-    notes: list[str] = []
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
         notes.append("no layer was pruned")
     found: calibrate.Comparison | None = None
@@ -128,10 +138,24 @@ def compress(
     return CompressResult(compressed, report)
 
 
+def _pruned_by(found: Solution, p: Pruned) -> Pruned:
+    assert found.mask is not None
+    return dataclasses.replace(p, mask=found.mask, weight=found.weight)
+
+
+def _with_solution(m: Match, solved: Mapping[nn.Module, Solution]) -> Match:
+    if m.module not in solved:  # an embedding
+        return m
+    found = solved[m.module]
+    return dataclasses.replace(m, mask=found.mask, solved=found.weight if found.packed is None else found.packed)
+
+
 def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     assert isinstance(replacement, COMPRESSED)
     stored = replacement.packed.dequantize()
     action = "float" if m.scheme is None else m.scheme.name
+    if isinstance(m.step, Quantize) and m.step.needs_data:
+        action += f" {m.step.algorithm}"
     if isinstance(replacement, SparseLinear):
         action += f" sparse {replacement.pattern}"
         reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))
@@ -151,9 +175,8 @@ def _sparse_reason(layer: SparseLinear) -> str:
 def _pruned_report(
     module: nn.Module, pruned: Pruned, replacement: nn.Module, found: calibrate.Comparison | None
 ) -> LayerReport:
-    report = _changed_report(
-        pruned.names, module, replacement, linear_weight(replacement), f"pruned {pruned.step.pattern}", ""
-    )
+    action = f"pruned {pruned.step.pattern}" + (f" {pruned.step.algorithm}" if pruned.step.needs_data else "")
+    report = _changed_report(pruned.names, module, replacement, linear_weight(replacement), action, "")
     return report if found is None else report.model_copy(update={"output_sqnr_db": found.layers[module].sqnr_db})
 
 

@@ -16,6 +16,7 @@ from tcompress.errors import message
 from tcompress.nn import QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
+from tcompress.packing import PackedWeight
 from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Prune, Quantize, Recipe, Sparse
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
@@ -32,6 +33,8 @@ class Match:
     step: Quantize | Sparse
     #: What a pruning step keeps, bool [N, K], or None for all.
     mask: torch.Tensor | None = None
+    #: What an algorithm with data has found (`solve`): the weight [N, K], or its integers.
+    solved: torch.Tensor | PackedWeight | None = None
 
     @property
     def scheme(self) -> Scheme | None:
@@ -40,7 +43,9 @@ class Match:
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K], as it is to be stored."""
+        """[N, K], as it is to be stored or to be quantized."""
+        if isinstance(self.solved, torch.Tensor):
+            return self.solved
         weight = linear_weight(self.module)
         return weight if self.mask is None else weight.masked_fill(~self.mask, 0)
 
@@ -100,7 +105,8 @@ def match(
             if not any_matches(step.targets, paths, module):
                 continue
             match = Match(tuple(paths), module, step, (masks or {}).get(module))
-            reason = ignored(step, paths, module, head) or why_not(module, step.scheme) or _too_dense(match)
+            reason = ignored(step, paths, module, head) or why_not(module, step.scheme)
+            reason = reason or _without_inputs(match) or _too_dense(match)
             if reason is None:
                 matches.append(match)
                 break
@@ -154,6 +160,13 @@ def why_not(module: nn.Module, scheme: Scheme | None) -> str | None:
     if scheme is not None and k > MAX_K:
         return f"in_features {k} is above {MAX_K}: an int32 sum could overflow"
     return None if weight.numel() else "its weight is empty"
+
+
+def _without_inputs(match: Match) -> str | None:
+    """Why an algorithm that decides by a layer's inputs leaves it, or None."""
+    if isinstance(match.step, Quantize) and match.step.needs_data and isinstance(match.module, nn.Embedding):
+        return f"{match.step.algorithm} decides by a layer's inputs, and an embedding is looked up; use rtn"
+    return None
 
 
 def _too_dense(match: Match) -> str | None:

@@ -25,11 +25,18 @@ from tcompress.weights import is_conv1d, linear_weight
 
 @dataclass(frozen=True)
 class Pruned:
-    """A layer that a step prunes: bool mask [N, K], True where a weight stays."""
+    """A layer that a step prunes.
+
+    Attributes:
+        mask: bool [N, K], True where a weight stays. Of an algorithm that needs data it is that by magnitude until
+            `solve` has seen them: as many zeros.
+        weight: [N, K], of an algorithm that changes what stays, or None.
+    """
 
     names: tuple[str, ...]
     step: Prune
     mask: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 def prune_masks(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -33,7 +34,7 @@ VERSION = 1
 MIN_COSINE = 0.999
 #: What a step means that does not say: linear layers by their classes, or (True) all of a model's attention.
 _DEFAULTS: dict[bool, dict[str, Any]] = {
-    False: {"targets": ("Linear", "Conv1D"), "ignore": ("lm_head",)},
+    False: {"targets": ("Linear", "Conv1D"), "ignore": ("lm_head",), "algorithm": "rtn"},
     True: {"targets": ("*",), "ignore": ()},
 }
 
@@ -44,6 +45,8 @@ class Quantize(BaseModel):
 
     Attributes:
         scheme: a name ("W8A8", "W8A7", "W7A7"; "W8A16" for embeddings) or a `Scheme`.
+        algorithm: how a scheme's integers are found (`tcompress.quantize`): "rtn", to the nearest, or "gptq", which
+            makes up for the errors by the inputs of the layer and needs data; embeddings have no such inputs.
         attention: "int8" or "int12", the bits of Q, K and V; "auto" is what the processor runs fastest
             (`ops.quantized_attention`). `torch.nn.MultiheadAttention`, `tcompress.nn.MultiHeadAttention` and the
             attention of `transformers` models are meant; the first one's projections become linear layers of their own
@@ -63,6 +66,7 @@ class Quantize(BaseModel):
     scheme: Scheme | None = Field(None, validate_default=True)
     targets: tuple[str, ...] = ()  # both have defaults by the kind of step: _DEFAULTS
     ignore: tuple[str, ...] = ()
+    algorithm: Literal["rtn", "gptq"] | None = None
     min_cosine: float | None = Field(None, ge=-1, le=1)
 
     @model_validator(mode="before")
@@ -91,12 +95,24 @@ class Quantize(BaseModel):
             raise ValueError(f"got {got}, expected a scheme or, in a step of its own, attention")
         return Scheme.named(value) if isinstance(value, str) else value
 
+    @field_validator("algorithm")
+    @classmethod
+    def _of_scheme(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("attention") is not None:
+            raise ValueError(f"got {value!r}, expected it in a step with a scheme only")
+        return value
+
     @field_validator("min_cosine")
     @classmethod
     def _of_attention(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("scheme") is not None:
             raise ValueError(f"got {value}, expected it in a step with attention only")
         return value
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it decides by the inputs of layers."""
+        return self.algorithm == "gptq"
 
     @property
     def attention_bits(self) -> Literal[8, 12] | None:
@@ -152,7 +168,9 @@ class Prune(BaseModel):
     Attributes:
         pattern: "unstructured", "2:4", "1x4", "8x4", "16x16" …, outputs x inputs (`packing.Pattern`).
         sparsity: which part of the weights goes, 0 … 1; of "N:M" it is 1 - N/M and may be left out.
-        scores: "magnitude".
+        algorithm: which go (`tcompress.prune`): "magnitude", the smallest; "wanda", those with the smallest products
+            with their inputs; "sparsegpt", those that are easiest to make up for by the weights that stay; with "gptq"
+            in another step both are done in one pass over the data. The latter two need data.
         targets, ignore: as in `Quantize`.
     """
 
@@ -160,9 +178,16 @@ class Prune(BaseModel):
     step: Literal["prune"] = "prune"
     pattern: str = "8x4"
     sparsity: float | None = Field(None, ge=0, le=1, validate_default=True)
-    scores: Literal["magnitude"] = "magnitude"
+    algorithm: Literal["magnitude", "wanda", "sparsegpt"] = Field(
+        "magnitude", validation_alias=AliasChoices("algorithm", "scores")
+    )  # "scores" is what it was called
     targets: tuple[str, ...] = ("Linear", "Conv1D")
     ignore: tuple[str, ...] = ("lm_head",)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it decides by the inputs of layers."""
+        return self.algorithm != "magnitude"
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -210,6 +235,12 @@ class Recipe(BaseModel):
     """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
     keeps it.
 
+    Attributes:
+        version: of the format.
+        steps: at least one.
+        inputs: by which inputs a block is solved, where an algorithm needs data: what the "compressed" blocks before it
+            give, so that it makes up for their errors too, or what the "original" ones give.
+
     Raises:
         ValueError: no steps, an unknown field, or a version that this release does not read.
     """
@@ -217,6 +248,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = VERSION
     steps: tuple[Step, ...]
+    inputs: Literal["compressed", "original"] = "compressed"
 
     @field_validator("version")
     @classmethod

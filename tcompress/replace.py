@@ -44,7 +44,8 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     key = (id(module.weight), is_conv1d(module), id(match.mask), scheme.weights)
     if key not in cache:
         try:
-            cache[key] = Shared(round_to_nearest(match.weight, scheme.weights))
+            found = match.solved if isinstance(match.solved, PackedWeight) else None
+            cache[key] = Shared(found or round_to_nearest(match.weight, scheme.weights))
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
     shared = cache[key]
@@ -71,8 +72,11 @@ def _sparse(match: Match, step: Sparse) -> SparseLinear:
     return layer.train(module.training)
 
 
-def pruned_copy(module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter]) -> nn.Module:
-    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`.
+def pruned_copy(
+    module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter], weight: torch.Tensor | None = None
+) -> nn.Module:
+    """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`; if one
+    is given, with a weight [N, K] that has them already, and is taken as it is.
 
     Layers with a tied weight share the pruned one through `cache`.
     """
@@ -87,9 +91,9 @@ def pruned_copy(module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Param
             memo[id(old)] = nn.Parameter(bias.detach().clone(), old.requires_grad)
             continue
         if id(old) not in cache:
-            weight = linear_weight(module).detach().masked_fill(~mask, 0)
-            weight = weight.t().contiguous() if is_conv1d(module) else weight
-            cache[id(old)] = nn.Parameter(weight, old.requires_grad)
+            new = linear_weight(module).detach().masked_fill(~mask, 0) if weight is None else weight
+            new = new.t().contiguous() if is_conv1d(module) else new
+            cache[id(old)] = nn.Parameter(new, old.requires_grad)
         memo[id(old)] = cache[id(old)]
     copied = copy.deepcopy(module, memo)
     if is_masked_by_torch(module):

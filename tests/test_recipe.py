@@ -87,7 +87,7 @@ def test_defaults_of_the_sparse_steps():
     assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
     assert Sparse(scheme="W7A7", targets="a").scheme.name == "W7A7"
     step = Prune(sparsity=0.8)
-    assert (step.step, step.pattern, step.sparsity, step.scores) == ("prune", "8x4", 0.8, "magnitude")
+    assert (step.step, step.pattern, step.sparsity, step.algorithm) == ("prune", "8x4", 0.8, "magnitude")
     assert (step.targets, step.ignore) == (("Linear", "Conv1D"), ("lm_head",))
     assert Prune(pattern="2:4").sparsity is None
     assert Prune(pattern="1:4", sparsity=0.75).sparsity == 0.75
@@ -105,7 +105,7 @@ def test_sparse_steps_in_yaml():
     assert written[0] == {
         "step": "prune",
         "pattern": "2:4",
-        "scores": "magnitude",
+        "algorithm": "magnitude",
         "targets": ["fc"],
         "ignore": ["lm_head"],
     }
@@ -286,3 +286,22 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("recipe", [None, 8, ["W8A8"], b"int8"])
 def test_wrong_type(recipe):
     assert type(recipe).__name__ in error_of(recipe, TypeError)
+
+
+def test_algorithms():
+    assert Quantize(scheme="W8A8").algorithm == "rtn"
+    assert not Quantize(scheme="W8A8").needs_data
+    assert Quantize(scheme="W4A16-g64", algorithm="gptq").needs_data
+    assert Quantize(attention="int8").algorithm is None
+    assert not Quantize(attention="int8").needs_data
+    assert not Prune(sparsity=0.5).needs_data
+    assert Prune(sparsity=0.5, algorithm="wanda").needs_data
+    assert Prune.model_validate({"sparsity": 0.5, "scores": "magnitude"}).algorithm == "magnitude"  # its former name
+    text = "inputs: original\nsteps:\n  - {step: prune, pattern: '2:4', algorithm: sparsegpt}\n"
+    recipe = Recipe.from_yaml(text)
+    assert (recipe.inputs, recipe.steps[0].algorithm) == ("original", "sparsegpt")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert "gptq" in error_of({"steps": [{"scheme": "W8A8", "algorithm": "luck"}]})
+    assert "steps.0.algorithm: got 'gptq', expected it in a step with a scheme only" in error_of(
+        {"steps": [{"step": "quantize", "attention": "int8", "algorithm": "gptq"}]}
+    )

@@ -38,18 +38,24 @@ def magnitude_mask(weight: torch.Tensor, pattern: str, sparsity: float | None = 
             pattern is unknown or the sparsity out of its range.
     """
     parsed = Pattern.parse(pattern)
-    _check(weight, parsed, sparsity)
+    check(weight, parsed, sparsity, "magnitude_mask")
     if parsed.kind == "n_m":
-        return _largest_of_groups(weight.detach().abs(), parsed.size)
-    assert sparsity is not None  # `_check`
-    scores = _block_scores(weight.detach(), parsed.size)
-    keep = _all_but_smallest(scores.flatten(), round(sparsity * scores.numel())).view(scores.shape)
-    (n, k), (r, c) = weight.shape, parsed.size
-    return keep.repeat_interleave(r, 0)[:n].repeat_interleave(c, 1)[:, :k].contiguous()
+        return largest_of_groups(weight.detach().abs(), parsed.size)
+    assert sparsity is not None  # `check`
+    scores = block_scores(weight.detach(), parsed.size)
+    keep = all_but_smallest(scores.flatten(), round(sparsity * scores.numel())).view(scores.shape)
+    return by_element(keep, weight.shape, parsed.size)
 
 
-def _block_scores(weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """[N, K] -> [ceil(N/R), ceil(K/C)], ordered as the scores are: without the root."""
+def by_element(blocks: torch.Tensor, shape: torch.Size, size: tuple[int, int]) -> torch.Tensor:
+    """The mask [N, K] of one over its blocks [ceil(N/R), ceil(K/C)]."""
+    (n, k), (r, c) = shape, size
+    return blocks.repeat_interleave(r, 0)[:n].repeat_interleave(c, 1)[:, :k].contiguous()
+
+
+def block_scores(weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Mean squares by block, [N, K] -> [ceil(N/R), ceil(K/C)]; of single elements their magnitude, which has the same
+    order."""
     (n, k), (r, c) = weight.shape, size
     if size == (1, 1):
         return weight.abs()
@@ -58,7 +64,7 @@ def _block_scores(weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return block_grid(weight.double().square(), size).sum((2, 3)) / (rows * columns)
 
 
-def _all_but_smallest(scores: torch.Tensor, removed: int) -> torch.Tensor:
+def all_but_smallest(scores: torch.Tensor, removed: int) -> torch.Tensor:
     """bool, False for the `removed` smallest of scores [B]. Selecting takes a tenth of the time of sorting."""
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -69,7 +75,8 @@ def _all_but_smallest(scores: torch.Tensor, removed: int) -> torch.Tensor:
     return keep
 
 
-def _largest_of_groups(magnitude: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def largest_of_groups(magnitude: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """N:M: bool, True for the N largest of each M elements of a row; of equal ones the first."""
     (rows, k), (n, m) = magnitude.shape, size
     groups = row_groups(magnitude, m)
     order = torch.sort(groups, dim=2, descending=True, stable=True).indices
@@ -81,18 +88,19 @@ def _largest_of_groups(magnitude: torch.Tensor, size: tuple[int, int]) -> torch.
     return keep.view(rows, groups.shape[1] * m)[:, :k].contiguous()
 
 
-def _check(weight: torch.Tensor, pattern: Pattern, sparsity: float | None) -> None:
+def check(weight: torch.Tensor, pattern: Pattern, sparsity: float | None, where: str) -> None:
+    """Raises what `magnitude_mask` raises, in the name of `where`."""
     if not weight.is_floating_point():
-        raise TypeError(message("magnitude_mask", "weight", weight.dtype, "a float type"))
+        raise TypeError(message(where, "weight", weight.dtype, "a float type"))
     if weight.dim() != 2:
-        raise ValueError(message("magnitude_mask", "weight", list(weight.shape), "[N, K]"))
+        raise ValueError(message(where, "weight", list(weight.shape), "[N, K]"))
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         hint = "a NaN or infinite weight has no magnitude to compare; repair the checkpoint"
-        raise ValueError(message("magnitude_mask", "weight", f"{bad} values NaN or infinite", "finite", hint))
+        raise ValueError(message(where, "weight", f"{bad} values NaN or infinite", "finite", hint))
     if pattern.kind == "n_m":
         n, m = pattern.size
         if sparsity is not None and not math.isclose(sparsity, 1 - n / m):
-            raise ValueError(message("magnitude_mask", "sparsity", sparsity, f"None or {1 - n / m} for {pattern}"))
+            raise ValueError(message(where, "sparsity", sparsity, f"None or {1 - n / m} for {pattern}"))
     elif sparsity is None or not 0 <= sparsity <= 1:
-        raise ValueError(message("magnitude_mask", "sparsity", sparsity, f"0 to 1 for {pattern}"))
+        raise ValueError(message(where, "sparsity", sparsity, f"0 to 1 for {pattern}"))

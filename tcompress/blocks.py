@@ -1,0 +1,167 @@
+"""A model as a sequence of blocks, each of which can be run alone on what the ones before it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcompress.calibrate import run
+
+
+class _Reached(Exception):
+    """Ends a model's forward after the block that was wanted."""
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested mappings, tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
+    """The sequences of blocks in a model, in the order in which they run.
+
+    A chain is a `torch.nn.ModuleList` of two or more members that were each called once on this batch, in order, one
+    after the other's end, each with the first tensor that the one before returned; nothing that an earlier one returned
+    may go past it, unless that one hands it on. Chains do not lie in one another, and the longer of two is taken.
+    """
+    lists = {id(m): m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    members = {member for m in lists.values() for member in m}
+    calls: list[tuple[nn.Module, int, int, list[torch.Tensor], list[torch.Tensor]]] = []
+    clock = 0
+    with ExitStack() as stack:
+        starts: dict[nn.Module, list[int]] = {}
+
+        def before(module: nn.Module, *_: Any) -> None:
+            nonlocal clock
+            clock += 1
+            starts.setdefault(module, []).append(clock)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal clock
+            clock += 1
+            given = [*tensors_in(args), *tensors_in(kwargs)]
+            calls.append((module, starts[module].pop(), clock, given, list(tensors_in(output))))
+
+        for member in members:
+            stack.callback(member.register_forward_pre_hook(before).remove)
+            stack.callback(member.register_forward_hook(after, with_kwargs=True).remove)
+        run(model, batch)
+    found = [list(m) for m in lists.values() if _is_chain(list(m), calls)]
+    found.sort(key=len, reverse=True)
+    chosen: list[list[nn.Module]] = []
+    for chain in found:
+        inside = {m for block in chain for m in block.modules()}
+        if not any(inside & {m for block in other for m in block.modules()} for other in chosen):
+            chosen.append(chain)
+    first = {call[0]: call[1] for call in reversed(calls)}
+    return sorted(chosen, key=lambda chain: first[chain[0]])
+
+
+def _is_chain(members: Sequence[nn.Module], calls: list[Any]) -> bool:
+    own = [call for call in calls if call[0] in set(members)]
+    if [call[0] for call in own] != list(members):
+        return False
+    returned: list[set[int]] = []
+    for i, (_, start, _, given, output) in enumerate(own):
+        if i:
+            _, _, end, _, previous = own[i - 1]
+            # By `is`: a tensor that was changed on the way would not come from the block before.
+            if start < end or not previous or not any(t is previous[0] for t in given):
+                return False
+            past = set().union(*returned[:-1]) - returned[-1]
+            if any(id(t) in past for t in given):
+                return False
+        returned.append({id(t) for t in output})
+    return True
+
+
+class BlockRunner:
+    """Runs the blocks of a model one by one on a list of batches, keeping one block's outputs.
+
+    The model's own forward is called each time, so that each block gets the masks and positions that it always gets;
+    blocks that are done hand out what the last of them returned, and the forward ends after the wanted block.
+
+    Args:
+        model: in evaluation mode.
+        chains: of `find_chains`.
+        batches: as for `calibrate.run`.
+    """
+
+    def __init__(self, model: nn.Module, chains: list[list[nn.Module]], batches: list[Any]) -> None:
+        self.model, self.chains, self.batches = model, chains, batches
+        #: What the last block that is done returned, by chain and batch.
+        self._outputs: list[list[Any]] = [[None] * len(batches) for _ in chains]
+
+    def run(self, chain: int, block: int, keep: bool) -> None:
+        """Calls a block on all batches; if asked, what it returns is kept, and is what the next one gets."""
+        wanted = self.chains[chain][block]
+        for i, batch in enumerate(self.batches):
+            with self._done(chain, block, i), ExitStack() as stack:
+                caught: list[Any] = []
+
+                def stop(module: nn.Module, args: Any, output: Any, caught: list[Any] = caught) -> None:
+                    caught.append(output)
+                    raise _Reached
+
+                stack.callback(wanted.register_forward_hook(stop).remove)
+                with suppress(_Reached):
+                    run(self.model, batch)
+                if keep and caught:
+                    self._outputs[chain][i] = caught[0]
+
+    def run_rest(self) -> None:
+        """Calls what is outside of the blocks, all of which are done."""
+        for i, batch in enumerate(self.batches):
+            with self._done(len(self.chains), 0, i):
+                run(self.model, batch)
+
+    @contextmanager
+    def _done(self, chain: int, block: int, batch: int) -> Iterator[None]:
+        """Makes the blocks before this one hand out what the last of their chain returned."""
+        with ExitStack() as stack:
+            for index, blocks in enumerate(self.chains[: chain + 1]):
+                output = _copied(self._outputs[index][batch])  # a block may write into what it is given
+                for done in blocks if index < chain else blocks[:block]:
+                    stack.enter_context(forward_replaced(done, _constant(output)))
+            yield
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of their own, where it is made of plain tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def _constant(output: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return output
+
+    return forward
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """A module with another forward for a while."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before

@@ -1,0 +1,95 @@
+"""What a linear layer's inputs look like on the calibration data: what GPTQ, SparseGPT, Wanda and others decide by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcompress.errors import message
+
+
+class InputStatistics:
+    """Sums over the inputs x [K] of one linear layer, added batch by batch.
+
+    Rows with a NaN, an infinity, or a sum of squares beyond float32 are left out and counted: one of them would spoil
+    every sum. Everything is accumulated in float32 on the device of the inputs.
+
+    Attributes:
+        hessian: float32 [K, K], 2/n Σ x xᵀ: of ‖(W - Ŵ) X‖² / n with regard to a row of Ŵ. None if it was not wanted.
+        count: n, how many inputs (tokens) are in the sums.
+        left_out: how many were not taken.
+        max_abs: float32 [K], max |x|.
+    """
+
+    def __init__(self, in_features: int, hessian: bool = True, device: torch.device | str | None = None) -> None:
+        self.count = self.left_out = 0
+        self.hessian = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self.max_abs = torch.zeros(in_features, device=device)
+        self._sum_abs = torch.zeros(in_features, device=device)
+        self._sum_squares = torch.zeros(in_features, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Adds inputs [..., K] of any float type.
+
+        Raises:
+            ValueError: another K.
+        """
+        k = self.max_abs.shape[0]
+        if x.shape[-1:] != (k,):
+            raise ValueError(message("InputStatistics", "x", list(x.shape), f"[..., {k}]"))
+        rows = x.detach().reshape(x.shape[:-1].numel(), k).float()
+        squares = rows.square()
+        good = torch.isfinite(squares.sum(1))  # the sum of squares of a row with NaN or infinity is neither
+        taken = int(good.count_nonzero())
+        self.left_out += len(rows) - taken
+        if taken == 0:
+            return
+        if taken < len(rows):
+            rows, squares = rows[good], squares[good]
+        if self.hessian is not None:
+            # A running mean: sums of squares would lose their last digits as they grow.
+            total = self.count + taken
+            self.hessian.addmm_(rows.t(), rows, beta=self.count / total, alpha=2 / total)
+        self.count += taken
+        magnitude = rows.abs()
+        self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0))
+        self._sum_abs += magnitude.sum(0)
+        self._sum_squares += squares.sum(0)
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """float32 [K], √Σx²: the L2 norm of each input channel over all tokens."""
+        return self._sum_squares.sqrt()
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        """float32 [K], the mean of |x|."""
+        return self._sum_abs / max(self.count, 1)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook, registered with_kwargs: adds the input of each call."""
+        self.add(args[0] if args else next(iter(kwargs.values())))
+
+
+def checked_hessian(statistics: InputStatistics, in_features: int, where: str) -> torch.Tensor:
+    """The Hessian of a layer with so many inputs; `where` begins error messages.
+
+    Raises:
+        ValueError: it was not collected, nothing was, or it is that of another layer.
+    """
+    if statistics.hessian is None:
+        raise ValueError(message(where, "statistics", "none of the Hessian", "InputStatistics(hessian=True)"))
+    check_count(statistics, in_features, where)
+    return statistics.hessian
+
+
+def check_count(statistics: InputStatistics, in_features: int, where: str) -> None:
+    """Raises ValueError where the statistics are of no input at all, or of another number of features."""
+    k = statistics.max_abs.shape[0]
+    if k != in_features:
+        raise ValueError(message(where, "statistics", f"{k} features", f"{in_features}, as the weight has"))
+    if statistics.count == 0:
+        hint = f"{statistics.left_out} inputs held NaN or infinity"
+        raise ValueError(message(where, "statistics", "no inputs", "at least one token", hint))
