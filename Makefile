@@ -9,13 +9,16 @@ BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py $(wildcard csrc/*.cpp csrc
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu* tests/csrc/*.cpp tests/csrc/*.h \
 	tests/csrc/*/*.h tests/gpu/shim/*)
 
-.PHONY: help install demo test test-all sanitize lint format bench bench-charts bench-sweep bench-memory clean
+.PHONY: help install demo test test-all test-gpu test-gpu-emulated bench-gpu sanitize lint format bench bench-charts bench-sweep bench-memory clean
 
 help:
 	@echo "make demo      set up, then compress a pretrained model and measure it"
 	@echo "make test      set up, then lint, type check and the fast tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make sanitize  the kernels alone, under the address and undefined-behaviour sanitizers"
+	@echo "make test-gpu-emulated  GPU kernels interpreted, compiled, emulated; no GPU needed"
+	@echo "make test-gpu  GPU kernels against the references, on this machine's GPU; with TORCH=torch for a torch with CUDA"
+	@echo "make bench-gpu the same kernels' times, beside torch's"
 	@echo "make bench     benchmarks against other libraries, each in a process of its own; over an hour"
 	@echo "make bench-charts  tables and pictures of their results, in docs/benchmarks"
 	@echo "make bench-sweep   our layer and attention, and torch's, against the number of tokens and of zeros"
@@ -45,6 +48,20 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -m "slow or not slow"
+
+# The emulators, interpreters and compilers of GPU code: what can be shown without a GPU.
+test-gpu-emulated: $(VENV)/.gpu
+	$(BIN)/pytest tests/gpu -m "slow or not slow"
+
+test-gpu: $(VENV)/.gpu
+	$(BIN)/pytest tests/gpu/test_on_gpu.py
+
+bench-gpu: $(VENV)/.gpu
+	$(BIN)/python benchmarks/gpu_ops.py
+
+$(VENV)/.gpu: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[gpu]"
+	touch $@
 
 sanitize: install
 	$(BIN)/pytest tests/csrc/test_kernels_standalone.py -m "slow or not slow"
