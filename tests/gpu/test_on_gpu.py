@@ -31,6 +31,12 @@ PAIRS = [(name, op) for name, table in UNSUPPORTED.items() for op in table]
 LIMITS = {"quantized_attention": 0.025, "kv_cache_attention": 2e-3}
 
 
+@pytest.fixture(autouse=True)
+def _stored_tiles(monkeypatch):
+    """Choosing tiles by measuring takes seconds a size."""
+    monkeypatch.setenv("TCOMPRESS_TUNE", "0")
+
+
 def on_gpu(argument):
     if isinstance(argument, torch.Tensor):
         return argument.cuda()
