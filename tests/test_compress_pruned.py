@@ -22,7 +22,9 @@ def seconds(monkeypatch, tmp_path):
     """What the measurement finds: sparse layouts are faster, unless a test says otherwise."""
     found = {"dense": 4e-3, "unstructured": 3e-3, "1x4": 3e-3, "8x4": 2e-3, "2:4": 3e-3}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tune, "measure", lambda w, kernels, m: ({k.layout: found[k.layout] for k in kernels}, False))
+    monkeypatch.setattr(
+        tune, "measure", lambda w, kernels, m, dtype: ({k.layout: found[k.layout] for k in kernels}, False)
+    )
     return found
 
 
