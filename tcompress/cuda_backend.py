@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from tcompress import backend
+from tcompress.kernels.triton.bindings import IN_CPU_LAYOUT, MAX_HEAD
 
-MAX_HEAD = 256
 LOWEST_CAPABILITY = (8, 0)
-IN_CPU_LAYOUT = "the weight is in the layout of the CPU kernels: module.to('cuda') brings it back"
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
