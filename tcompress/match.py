@@ -60,7 +60,7 @@ class Skip:
 
 
 def pattern_matches(pattern: str, name: str, module: nn.Module) -> bool:
-    """Whether a pattern of a step means this module; the language is described at `recipe.Quantize.targets`."""
+    """Whether a pattern of a step means this module; the language is described at `recipe.Step.targets`."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     if any(cls.__name__ == pattern for cls in type(module).__mro__):

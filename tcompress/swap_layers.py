@@ -1,0 +1,200 @@
+"""Matches the layers of a recipe, solves them, packs what was found, and puts it in their places."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from tcompress import attention_step, calibrate, replace
+from tcompress.fuse import fuse
+from tcompress.match import COMPRESSED, Match, Skip, match
+from tcompress.match_attention import match_attention
+from tcompress.nn import SparseLinear
+from tcompress.prune_step import Pruned, prune_masks
+from tcompress.recipe import Prune, Quantize, Recipe
+from tcompress.report.attention import AttentionReport
+from tcompress.report.report import LayerReport
+from tcompress.report.size import model_sizes
+from tcompress.solve import Solution, solve, steps_with_data
+from tcompress.sparse_kernel import DENSE
+from tcompress.weights import linear_weight
+
+#: What is said of a layer whose zeros no kernel turns into time.
+NO_SPEEDUP = "no speedup from this sparsity"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A model whose layers were swapped.
+
+    Attributes:
+        model: the new one.
+        layers, attention: what the report says of each.
+        notes: what there is to warn of.
+        comparison: of the layers on the data, None without data.
+        smaller_is_meant: whether the recipe's steps were to make the file smaller.
+    """
+
+    model: nn.Module
+    layers: list[LayerReport]
+    attention: list[AttentionReport]
+    notes: list[str]
+    comparison: calibrate.Comparison | None
+    smaller_is_meant: bool
+
+
+def swap_layers(
+    model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool = False, required: bool = True
+) -> Swapped:
+    """Runs the steps of a recipe that prune, quantize or leave out zeros.
+
+    Args:
+        data, inplace: as for `compress`.
+        progress: whether to show progress on the terminal.
+        required: raise if there is nothing to do.
+
+    Raises:
+        ValueError: as `compress`; `model` is then unchanged.
+    """
+    attentions, attention_skips = match_attention(model, recipe)
+    converted: dict[nn.Module, nn.Module] = {m.module: m.converted for m in attentions if m.converted is not None}
+    pruned, prune_skips = prune_masks(model, recipe, converted)
+    masks = {module: p.mask for module, p in pruned.items()}
+    required = required and not attentions and not pruned
+    matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
+
+    notes: list[str] = []
+    if steps_with_data(recipe):
+        solved, data, notes = solve(model, recipe, matches, pruned, converted, data, progress)
+        pruned = {module: _pruned_by(solved[module], p) for module, p in pruned.items()}
+        matches = [_with_solution(m, solved) for m in matches]
+
+    cache: replace.PackedCache = {}
+    steps = track(matches, "compressing", disable=not progress, transient=True)
+    replacements = {m.module: replace.compressed(m, cache) for m in steps}
+    not_pruned = {skip.module: skip.reason for skip in prune_skips}
+    layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
+    only_pruned = {module: p for module, p in pruned.items() if module not in replacements}
+    tied: dict[int, nn.Parameter] = {}
+    replacements |= {module: replace.pruned_copy(module, p.mask, tied, p.weight) for module, p in only_pruned.items()}
+
+    if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
+        notes.append("no layer was pruned")
+    found: calibrate.Comparison | None = None
+    if data is not None:
+        found = calibrate.compare_outputs(model, replacements, data, attentions)
+        layers = [
+            layer.model_copy(update={"output_sqnr_db": found.layers[m.module].sqnr_db})
+            for layer, m in zip(layers, matches, strict=True)
+        ]
+        called = {id(m.module.weight) for m in matches if found.layers[m.module].calls}
+        idle = [m.names[0] or "(root)" for m in matches if id(m.module.weight) not in called]
+        notes += [f"{name} was never called on the data" for name in idle]
+    attention = attention_step.decide(attentions, found, notes)
+
+    layers += [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
+    skipped = [_skip_report(skip) for skip in reasons.values()]
+    for m in attentions:
+        if m.converted is not None:
+            replacements[m.module] = replace.assembled(m.converted, replacements)
+    compressed = replace.swap(model, replacements, inplace=inplace)
+    attention_step.install(compressed, attentions, attention)
+    fuse(compressed)
+    return Swapped(
+        model=compressed,
+        layers=layers + skipped,
+        attention=attention + attention_step.skipped(attention_skips),
+        notes=notes + _speed_notes(replacements),
+        comparison=found,
+        smaller_is_meant=bool(matches),
+    )
+
+
+def _pruned_by(found: Solution, p: Pruned) -> Pruned:
+    assert found.mask is not None
+    return dataclasses.replace(p, mask=found.mask, weight=found.weight)
+
+
+def _with_solution(m: Match, solved: Mapping[nn.Module, Solution]) -> Match:
+    if m.module not in solved:  # an embedding
+        return m
+    found = solved[m.module]
+    return dataclasses.replace(m, mask=found.mask, solved=found.weight if found.packed is None else found.packed)
+
+
+def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
+    assert isinstance(replacement, COMPRESSED)
+    stored = replacement.packed.dequantize()
+    action = "float" if m.scheme is None else m.scheme.name
+    if isinstance(m.step, Quantize) and m.step.needs_data:
+        action += f" {m.step.algorithm}"
+    if isinstance(replacement, SparseLinear):
+        action += f" sparse {replacement.pattern}"
+        reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))
+    return _changed_report(m.names, m.module, replacement, stored, action, reason)
+
+
+def _sparse_reason(layer: SparseLinear) -> str:
+    choice = layer.choice
+    if layer.layout == DENSE:
+        return NO_SPEEDUP
+    if choice is None or choice.source == "model":
+        return f"kernel {layer.layout}"
+    dense, own = (choice.seconds[name] * 1e3 for name in (DENSE, layer.layout))
+    return f"kernel {layer.layout}, {choice.speedup:.2f}x dense ({own:.3f} of {dense:.3f} ms, {choice.tokens} tokens)"
+
+
+def _pruned_report(
+    module: nn.Module, pruned: Pruned, replacement: nn.Module, found: calibrate.Comparison | None
+) -> LayerReport:
+    action = f"pruned {pruned.step.pattern}" + (f" {pruned.step.algorithm}" if pruned.step.needs_data else "")
+    report = _changed_report(pruned.names, module, replacement, linear_weight(replacement), action, "")
+    return report if found is None else report.model_copy(update={"output_sqnr_db": found.layers[module].sqnr_db})
+
+
+def _changed_report(
+    names: tuple[str, ...], module: nn.Module, replacement: nn.Module, stored: torch.Tensor, action: str, reason: str
+) -> LayerReport:
+    weight = linear_weight(module).detach().double()
+    stored = stored.detach().double()
+    sqnr = calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum()))
+    return LayerReport(
+        name=names[0],
+        aliases=names[1:],
+        kind=type(module).__name__,
+        action=action,
+        reason=reason,
+        shape=tuple(weight.shape),
+        bytes_before=model_sizes(module).disk,
+        bytes_after=model_sizes(replacement).disk,
+        sparsity=float((stored == 0).double().mean()),
+        weight_sqnr_db=sqnr,
+    )
+
+
+def _skip_report(skip: Skip) -> LayerReport:
+    nbytes = model_sizes(skip.module).disk
+    has_weight = isinstance(getattr(skip.module, "weight", None), torch.Tensor)
+    return LayerReport(
+        name=skip.names[0],
+        aliases=skip.names[1:],
+        kind=type(skip.module).__name__,
+        action="skipped",
+        reason=skip.reason,
+        shape=tuple(linear_weight(skip.module).shape) if has_weight else (),
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+    )
+
+
+def _speed_notes(replacements: dict[nn.Module, nn.Module]) -> list[str]:
+    sparse = [m for m in replacements.values() if isinstance(m, SparseLinear)]
+    dense = sum(m.layout == DENSE for m in sparse)
+    return [f"{dense} of {len(sparse)} sparse layers run dense: {NO_SPEEDUP}"] if dense else []

@@ -1,0 +1,103 @@
+"""The steps of a recipe that turn a model into another one in floating point, run one after the other on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tcompress import calibrate
+from tcompress.errors import message
+from tcompress.recipe import Recipe, Transform
+from tcompress.report.report import LayerReport
+
+
+@dataclass
+class Work:
+    """A model under way through a recipe's transforms.
+
+    Attributes:
+        model: a copy, which a transform changes in place: module by module, never the module that it is itself.
+        original: the model as it was given; nothing may change it.
+        recipe: the whole recipe.
+        samples: the data as a list of batches, read once, or None where none were given.
+        notes: what to warn of; a transform adds what it left alone and why.
+        layers: what the report says of each module that was changed.
+        progress: whether to show progress on a terminal.
+        first: the first batch and the model's first output tensor on it, before any change; None without data.
+    """
+
+    model: nn.Module
+    original: nn.Module
+    recipe: Recipe
+    samples: list[Any] | None
+    notes: list[str] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    progress: bool = False
+    first: tuple[Any, torch.Tensor] | None = None
+
+    def data(self, step: Transform, why: str) -> list[Any]:
+        """The samples of a step that cannot do without; `why` ends the error's text.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.samples is None:
+            raise ValueError(message("compress", "data", "none", "calibration samples", f"{step.step}: {why}"))
+        return self.samples
+
+
+S = TypeVar("S", bound=Transform)
+_RUN: dict[type[Transform], Callable[[Work, Any], None]] = {}
+
+
+def transforms(kind: type[S]) -> Callable[[Callable[[Work, S], None]], Callable[[Work, S], None]]:
+    """Declares the function that runs a kind of step. Its module is imported by `tcompress.compress`."""
+
+    def declare(run: Callable[[Work, S], None]) -> Callable[[Work, S], None]:
+        _RUN[kind] = run
+        return run
+
+    return declare
+
+
+def has_transforms(recipe: Recipe) -> bool:
+    """Whether a recipe has any."""
+    return any(isinstance(step, Transform) for step in recipe.steps)
+
+
+def transform(
+    model: nn.Module, recipe: Recipe, data: Any, inplace: bool = False, progress: bool = False
+) -> tuple[Work, Recipe | None]:
+    """Runs the transforms of a recipe in its order.
+
+    Args:
+        data: as for `compress`.
+        inplace: change `model` itself instead of a copy.
+
+    Returns:
+        The work done, with the new model, and the recipe of the other steps, None where there are no others.
+
+    Raises:
+        ValueError: what the steps raise. With `inplace` the model may then be changed in part.
+    """
+    steps = [step for step in recipe.steps if isinstance(step, Transform)]
+    samples = None if data is None else list(calibrate.batches(data))
+    work = Work(model if inplace else copy.deepcopy(model), model, recipe, samples, progress=progress)
+    if samples is not None:
+        with calibrate.evaluating(model):
+            output = calibrate.first_tensor(calibrate.run(model, samples[0]))
+        work.first = None if output is None else (samples[0], output)
+    for step in steps:
+        _RUN[type(step)](work, step)
+    return work, rest_of(recipe, steps)
+
+
+def rest_of(recipe: Recipe, done: Sequence[Any]) -> Recipe | None:
+    """The recipe without some of its steps, or None where no step is left."""
+    steps = tuple(step for step in recipe.steps if not any(step is other for other in done))
+    return recipe.model_copy(update={"steps": steps}) if steps else None
