@@ -52,6 +52,8 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
     recipe: Annotated[str, typer.Option(help="A preset or a YAML file.")] = "int8",
     model_class: Annotated[str, typer.Option(help="Class of transformers to load it with.")] = "AutoModel",
+    data: Annotated[Path | None, typer.Option(help="Text to calibrate on, a sample a line.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a sample; by default what the model takes.")] = None,
 ) -> None:
     """Compress a Hugging Face model and save it; `tcompress.load` reads it back."""
     import transformers
@@ -59,6 +61,10 @@ def compress(
     import tcompress
 
     model = getattr(transformers, model_class).from_pretrained(source)
-    result = tcompress.compress(model, recipe, inplace=True)
+    tokenizer = texts = None
+    if data is not None:
+        texts = [line for line in data.read_text().splitlines() if line.strip()]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    result = tcompress.compress(model, recipe, texts, tokenizer=tokenizer, max_length=max_length, inplace=True)
     result.report.print(Console())
     typer.echo(f"saved to {tcompress.save(result.model, out)}")

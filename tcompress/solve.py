@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import nn
 
-from tcompress.blocks import BlockRunner, find_chains, forward_replaced, tensors_in
+from tcompress.blocks import BlockRunner, find_chains, forward_replaced
 from tcompress.calibrate import batches, evaluating
 from tcompress.errors import message
 from tcompress.match import Match
@@ -92,13 +92,12 @@ def solve(
     and what one block returned for the data. Where there are no blocks, all layers are solved after one pass over the
     model as it is. Weights are replaced, activations are not quantized meanwhile. The model is left as it was.
 
-    Data: samples with NaN or infinity in a float tensor, and empty ones, are left out; if none is left, that is an
-    error. A layer's input tokens with NaN or infinity are left out too (`InputStatistics`). A layer that is never
-    called is pruned by magnitude and rounded to nearest. Each is reported.
+    A layer's input tokens with NaN or infinity are left out (`InputStatistics`). A layer that is never called is pruned
+    by magnitude and rounded to nearest. Both are reported.
 
     Args:
         matches, pruned, converted: as found in the model for the recipe.
-        data: as for `compress`.
+        data: batches, clean (`Samples`).
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -112,7 +111,7 @@ def solve(
         needs = f"{steps[0].step}: {steps[0].algorithm} decides by the inputs of layers"
         raise ValueError(message("compress", "data", "none", "calibration samples", needs))
     notes: list[str] = []
-    samples = _usable(list(batches(data)), notes)
+    samples = list(batches(data))
     jobs = _jobs(matches, pruned)
     with evaluating(model), ExitStack() as stack:
         for parent in list(model.modules()):
@@ -172,22 +171,6 @@ def _tied_across(jobs: Sequence[_Job], owner: Mapping[nn.Module, tuple[int, int]
     for job in jobs:
         places.setdefault(job.key, set()).add(owner.get(job.module))
     return any(len(blocks) > 1 for blocks in places.values())
-
-
-def _usable(samples: list[Any], notes: list[str]) -> list[Any]:
-    good = []
-    for sample in samples:
-        tensors = list(tensors_in(sample))
-        empty = any(t.numel() == 0 for t in tensors)
-        if not empty and all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
-            good.append(sample)
-    if not good:
-        got = f"{len(samples)} samples that are empty or hold NaN or infinity"
-        raise ValueError(message("compress", "data", got, "at least one without"))
-    if len(good) < len(samples):
-        left_out = len(samples) - len(good)
-        notes.append(f"{left_out} of {len(samples)} calibration samples left out: empty, or with NaN or infinity")
-    return good
 
 
 def _collect(jobs: Collection[_Job], run: Any) -> dict[tuple[int, bool], InputStatistics]:
