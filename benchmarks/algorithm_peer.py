@@ -30,20 +30,25 @@ def settings() -> dict[str, Callable[[], list[Any]]]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    layers: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
-    kinds = {"group": 64, "channel": None}
-    found: dict[str, Callable[[], list[Any]]] = {}
-    for strategy, size in kinds.items():
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": strategy, "group_size": size}
+    def quantized(modifier: Any, weights: dict[str, Any], **options: Any) -> Callable[[], list[Any]]:
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        own: dict[str, Any] = {"config_groups": groups, "ignore": ["lm_head"]}
-        name = "W4A16-g64" if size else "W4A16"
-        found[f"{name} rtn"] = lambda own=own: [QuantizationModifier(**own)]
-        found[f"{name} gptq"] = lambda own=own: [GPTQModifier(**own)]
-        found[f"{name} gptq, by activation"] = lambda own=own: [GPTQModifier(**own, actorder="static")]
-        found[f"{name} awq"] = lambda own=own: [AWQModifier(), QuantizationModifier(**own)]
-    found["50 % unstructured sparsegpt"] = lambda: [SparseGPTModifier(sparsity=0.5, mask_structure="0:0", **layers)]
-    found["50 % unstructured wanda"] = lambda: [WandaPruningModifier(sparsity=0.5, mask_structure="0:0", **layers)]
+        return lambda: [modifier(config_groups=groups, ignore=["lm_head"], **options)]
+
+    def pruned(modifier: Any) -> Callable[[], list[Any]]:
+        return lambda: [modifier(sparsity=0.5, mask_structure="0:0", targets=["Linear"], ignore=["lm_head"])]
+
+    def scaled(weights: dict[str, Any]) -> Callable[[], list[Any]]:
+        return lambda: [AWQModifier(), *quantized(QuantizationModifier, weights)()]
+
+    found: dict[str, Callable[[], list[Any]]] = {}
+    for name, strategy, size in (("W4A16-g64", "group", 64), ("W4A16", "channel", None)):
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": strategy, "group_size": size}
+        found[f"{name} rtn"] = quantized(QuantizationModifier, weights)
+        found[f"{name} gptq"] = quantized(GPTQModifier, weights)
+        found[f"{name} gptq, by activation"] = quantized(GPTQModifier, weights, actorder="static")
+        found[f"{name} awq"] = scaled(weights)
+    found["50 % unstructured sparsegpt"] = pruned(SparseGPTModifier)
+    found["50 % unstructured wanda"] = pruned(WandaPruningModifier)
     return found
 
 
