@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module, recipe: Recipe, samples: Sequence[Any]) -> str
 def _add(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
-        digest.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             digest.update(f"{key}\n".encode())
