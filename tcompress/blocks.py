@@ -120,6 +120,14 @@ class BlockRunner:
                 if keep and caught:
                     self._outputs[chain][i] = caught[0]
 
+    def outputs(self, chain: int) -> list[Any]:
+        """What the last block of a chain that is done returned, by batch."""
+        return self._outputs[chain]
+
+    def take_outputs(self, other: BlockRunner) -> None:
+        """Goes on from where another runner is, one of more batches of which these are the first."""
+        self._outputs = [outputs[: len(self.batches)] for outputs in other._outputs]
+
     def run_rest(self) -> None:
         """Calls what is outside of the blocks, all of which are done."""
         for i, batch in enumerate(self.batches):

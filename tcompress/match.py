@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from tcompress.errors import message
-from tcompress.nn import QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
@@ -21,7 +21,7 @@ from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Prune, Quantize, Recipe, Sparse
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
-COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear)
+COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Match:
     mask: torch.Tensor | None = None
     #: What an algorithm with data has found (`solve`): the weight [N, K], or its integers.
     solved: torch.Tensor | PackedWeight | None = None
+    #: A corrected bias, and the inputs that stay in floating point (`layer_job.Solution`), or None.
+    bias: torch.Tensor | None = None
+    outliers: torch.Tensor | None = None
 
     @property
     def scheme(self) -> Scheme | None:

@@ -11,11 +11,12 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.match import Match
-from tcompress.nn import Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import Int8MultiheadAttention, OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
-from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.quantize import QuantArgs
 from tcompress.recipe import Sparse
+from tcompress.solve_layer import integers
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight
 
 
@@ -45,7 +46,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     if key not in cache:
         try:
             found = match.solved if isinstance(match.solved, PackedWeight) else None
-            cache[key] = Shared(found or round_to_nearest(match.weight, scheme.weights))
+            cache[key] = Shared(found or integers(match.weight, match.step))
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
     shared = cache[key]
@@ -54,11 +55,14 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     if isinstance(module, nn.Embedding):
         replacement = QuantizedEmbedding.from_packed(packed, scheme, module.weight.dtype, module.padding_idx)
     else:
-        bias = linear_bias(module)
+        bias = linear_bias(module) if match.bias is None else match.bias
         kernel = next((m.held_kernel for m in shared.modules if m.held_kernel is not None), None)
         replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel)
     shared.modules.append(replacement)
     share_kernel_layout(shared.modules)
+    if match.outliers is not None and isinstance(replacement, QuantizedLinear):
+        exact = match.weight[:, match.outliers].to(module.weight.dtype)  # type: ignore[arg-type]
+        return OutlierLinear.from_parts(replacement, match.outliers, exact).train(module.training)
     return replacement.train(module.training)
 
 

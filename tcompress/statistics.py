@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ class InputStatistics:
         count: n, how many inputs (tokens) are in the sums.
         left_out: how many were not taken.
         max_abs: float32 [K], max |x|.
+        factors: of the Hessian's inverse, which algorithms leave here for the next layer with the same inputs.
     """
 
     def __init__(self, in_features: int, hessian: bool = True, device: torch.device | str | None = None) -> None:
         self.count = self.left_out = 0
         self.hessian = torch.zeros(in_features, in_features, device=device) if hessian else None
         self.max_abs = torch.zeros(in_features, device=device)
+        self.factors: dict[Hashable, tuple[torch.Tensor, ...]] = {}
+        self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._sum_abs = torch.zeros(in_features, device=device)
         self._sum_squares = torch.zeros(in_features, device=device)
 
@@ -53,6 +57,8 @@ class InputStatistics:
             total = self.count + taken
             self.hessian.addmm_(rows.t(), rows, beta=self.count / total, alpha=2 / total)
         self.count += taken
+        self.factors.clear()
+        self._sum += rows.sum(0)
         magnitude = rows.abs()
         self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0))
         self._sum_abs += magnitude.sum(0)
@@ -62,6 +68,16 @@ class InputStatistics:
     def norm(self) -> torch.Tensor:
         """float32 [K], √Σx²: the L2 norm of each input channel over all tokens."""
         return self._sum_squares.sqrt()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 [K], the mean of x."""
+        return (self._sum / max(self.count, 1)).float()
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """float32 [K], the mean of x², half of the Hessian's diagonal."""
+        return self._sum_squares / max(self.count, 1)
 
     @property
     def mean_abs(self) -> torch.Tensor:

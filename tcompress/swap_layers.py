@@ -13,15 +13,16 @@ from torch import nn
 
 from tcompress import attention_step, calibrate, replace
 from tcompress.fuse import fuse
+from tcompress.layer_job import Solution
 from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.match_attention import match_attention
-from tcompress.nn import SparseLinear
+from tcompress.nn import OutlierLinear, SparseLinear
 from tcompress.prune_step import Pruned, prune_masks
 from tcompress.recipe import Prune, Quantize, Recipe
 from tcompress.report.attention import AttentionReport
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
-from tcompress.solve import Solution, solve, steps_with_data
+from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
 from tcompress.weights import linear_weight
 
@@ -126,15 +127,19 @@ def _with_solution(m: Match, solved: Mapping[nn.Module, Solution]) -> Match:
     if m.module not in solved:  # an embedding
         return m
     found = solved[m.module]
-    return dataclasses.replace(m, mask=found.mask, solved=found.weight if found.packed is None else found.packed)
+    weight = found.weight if found.packed is None else found.packed
+    return dataclasses.replace(m, mask=found.mask, solved=weight, bias=found.bias, outliers=found.outliers)
 
 
 def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     assert isinstance(replacement, COMPRESSED)
-    stored = replacement.packed.dequantize()
+    stored = replacement.dequantize() if isinstance(replacement, OutlierLinear) else replacement.packed.dequantize()
     action = "float" if m.scheme is None else m.scheme.name
-    if isinstance(m.step, Quantize) and m.step.needs_data:
+    if isinstance(m.step, Quantize) and m.step.algorithm != "rtn":
         action += f" {m.step.algorithm}"
+    if isinstance(replacement, OutlierLinear):
+        count = replacement.outlier_columns.numel()
+        reason = "; ".join(filter(None, (f"{count} outlier inputs in floating point", reason)))
     if isinstance(replacement, SparseLinear):
         action += f" sparse {replacement.pattern}"
         reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))

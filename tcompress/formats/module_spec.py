@@ -10,7 +10,14 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.match import COMPRESSED
-from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import (
+    Int8Attention,
+    Int8MultiheadAttention,
+    OutlierLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    SparseLinear,
+)
 from tcompress.packing import SparseWeight
 from tcompress.quantize.scheme import Scheme
 from tcompress.weights import is_conv1d, linear_weight
@@ -42,6 +49,16 @@ class LinearSpec(_Spec):
     out_features: int
     bias: bool
     activation: str = "none"
+
+
+class OutlierSpec(_Spec):
+    """An `OutlierLinear`, whose quantized part is described by itself."""
+
+    kind: Literal["OutlierLinear"] = "OutlierLinear"
+    in_features: int
+    out_features: int
+    outliers: int
+    bias: bool
 
 
 class EmbeddingSpec(_Spec):
@@ -98,7 +115,7 @@ class MultiheadAttentionSpec(_AttentionSpec):
     dtype: DtypeName
 
 
-Spec: TypeAlias = LinearSpec | SparseSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
+Spec: TypeAlias = LinearSpec | OutlierSpec | SparseSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
 #: The classes that a checkpoint describes.
 DESCRIBED = (*COMPRESSED, Int8Attention, Int8MultiheadAttention)
 
@@ -129,6 +146,15 @@ def describe(module: nn.Module) -> Spec:
             out_features=module.out_features,
             bias=module.bias is not None,
             activation=module.activation,
+        )
+    if isinstance(module, OutlierLinear):
+        return OutlierSpec(
+            scheme=module.scheme,
+            dtype=_name(module.outlier_weight.dtype),
+            in_features=module.in_features,
+            out_features=module.out_features,
+            outliers=module.outlier_columns.numel(),
+            bias=module.bias is not None,
         )
     if isinstance(module, SparseLinear):
         packed = module.packed
@@ -178,6 +204,9 @@ def build(spec: Spec) -> nn.Module:
     if isinstance(spec, LinearSpec):
         shape = (spec.in_features, spec.out_features, spec.bias, spec.scheme)
         return QuantizedLinear(*shape, device="meta", dtype=dtype, activation=spec.activation)
+    if isinstance(spec, OutlierSpec):
+        sizes = (spec.in_features, spec.out_features, spec.outliers, spec.bias, spec.scheme)
+        return OutlierLinear(*sizes, device="meta", dtype=dtype)
     table = (spec.num_embeddings, spec.embedding_dim, spec.padding_idx, spec.scheme)
     return QuantizedEmbedding(*table, device="meta", dtype=dtype)
 
@@ -198,7 +227,7 @@ def _build_sparse(spec: SparseSpec) -> SparseLinear:
 def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
     """What a model has at a place and what the checkpoint has there, or None if they agree."""
     got = type(module).__name__
-    if isinstance(module, nn.Linear | QuantizedLinear | SparseLinear):
+    if isinstance(module, nn.Linear | QuantizedLinear | SparseLinear | OutlierLinear):
         got = _linear(module.out_features, module.in_features, module.bias is not None)
     elif is_conv1d(module):
         n, k = linear_weight(module).shape
@@ -213,7 +242,7 @@ def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
         expected = _ATTENTION
     elif isinstance(spec, MultiheadAttentionSpec):
         expected = _multihead(spec.embed_dim, spec.num_heads, spec.kdim, spec.vdim)
-    elif isinstance(spec, LinearSpec):
+    elif isinstance(spec, LinearSpec | OutlierSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias)
     elif isinstance(spec, SparseSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias is not None)

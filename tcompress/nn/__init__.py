@@ -6,6 +6,7 @@ from tcompress.nn.int8_attention import Int8Attention
 from tcompress.nn.int8_multihead_attention import Int8MultiheadAttention
 from tcompress.nn.layer_norm import LayerNorm
 from tcompress.nn.multihead_attention import MultiHeadAttention
+from tcompress.nn.outlier_linear import OutlierLinear
 from tcompress.nn.positional_encoding import PositionalEncoding
 from tcompress.nn.quantized_embedding import QuantizedEmbedding
 from tcompress.nn.quantized_linear import QuantizedLinear
@@ -19,6 +20,7 @@ __all__ = [
     "Int8MultiheadAttention",
     "LayerNorm",
     "MultiHeadAttention",
+    "OutlierLinear",
     "PositionalEncoding",
     "QuantizedEmbedding",
     "QuantizedLinear",

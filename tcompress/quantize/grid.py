@@ -25,6 +25,7 @@ class Grid:
     ::
 
         symmetric:   scale = max|W| / (2^(bits-1) - 1),              zero = 0,                        |q| < 2^(bits-1)
+        full range:  scale of either sign (`range_search`),          zero = 0,    -2^(bits-1) ≤ q ≤ 2^(bits-1) - 1
         asymmetric:  scale = (max(W,0) - min(W,0)) / (2^bits - 1),   zero = round(-min(W,0) / scale), 0 ≤ q < 2^bits
 
     Zero is always on the grid. Scales are rounded to the type they are stored in first; rounding is half to even.
@@ -35,6 +36,7 @@ class Grid:
         group_size: weights that share a scale along K; K (or 1, if that is 0) for one scale a channel.
         scale: [N, ceil(K / group_size)] as stored, never zero.
         zero: whole numbers in float32 of the same shape, or None where it is symmetric.
+        full_range: whether symmetric integers take the value -2^(bits-1) too, which 4-bit storage has room for.
     """
 
     args: QuantArgs
@@ -42,6 +44,7 @@ class Grid:
     group_size: int
     scale: torch.Tensor
     zero: torch.Tensor | None
+    full_range: bool = False
 
     @classmethod
     def of(cls, weight: torch.Tensor, args: QuantArgs, where: str) -> Grid:
@@ -52,18 +55,20 @@ class Grid:
         """
         w = checked(weight, where)
         (n, k), size = w.shape, args.group_size or max(w.shape[1], 1)
-        groups = _grouped(w, size)
-        lo, hi = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+        groups = grouped(w, size)
+        lo, hi, q_max = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0), largest_integer(args)
         if args.symmetric:
-            return cls(args, (n, k), size, _stored(torch.maximum(-lo, hi) / _q_max(args), args, where), None)
-        q_max = _q_max(args)
-        scale = _stored(hi / q_max - lo / q_max, args, where)
+            return cls(
+                args, (n, k), size, stored_scale(torch.maximum(-lo, hi) / largest_integer(args), args, where), None
+            )
+        q_max = largest_integer(args)
+        scale = stored_scale(hi / q_max - lo / q_max, args, where)
         return cls(args, (n, k), size, scale, torch.round(-lo / scale.float()).clamp(0, q_max))
 
     def integers(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest q of each weight, [N, K] float32."""
-        groups = _grouped(weight.detach().float(), self.group_size)
-        return self._clamped(
+        groups = grouped(weight.detach().float(), self.group_size)
+        return self.clamped(
             torch.round(groups / self.scale.float()[..., None]), None if self.zero is None else self.zero[..., None]
         ).flatten(1)[:, : self.shape[1]]
 
@@ -72,12 +77,21 @@ class Grid:
         group = k // self.group_size
         scale = self.scale[:, group].float()
         zero = None if self.zero is None else self.zero[:, group]
-        q = self._clamped(torch.round(values / scale), zero)
+        q = self.clamped(torch.round(values / scale), zero)
         return q, (q if zero is None else q - zero) * scale
 
-    def _clamped(self, rounded: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        q_max = _q_max(self.args)
-        return rounded.clamp(-q_max, q_max) if zero is None else (rounded + zero).clamp(0, q_max)
+    def clamped(self, rounded: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """q of whole multiples of the scale: zero added, within the limits."""
+        q_max = largest_integer(self.args)
+        if zero is None:
+            return rounded.clamp(-q_max - self.full_range, q_max)
+        return (rounded + zero).clamp(0, q_max)
+
+    def values(self, q: torch.Tensor) -> torch.Tensor:
+        """What integers [N, K] stand for, float32."""
+        groups = grouped(q, self.group_size)
+        centred = groups if self.zero is None else groups - self.zero[..., None]
+        return (centred * self.scale.float()[..., None]).flatten(1)[:, : self.shape[1]]
 
     def pack(self, q: torch.Tensor) -> PackedWeight:
         """Stores integers [N, K] of this grid: up to 4 bits in layout "int4", symmetric ones with 8 added; more in
@@ -108,22 +122,29 @@ def checked(weight: torch.Tensor, where: str) -> torch.Tensor:
     return w
 
 
-def _grouped(w: torch.Tensor, size: int) -> torch.Tensor:
+def grouped(w: torch.Tensor, size: int) -> torch.Tensor:
     """[N, K] -> [N, ceil(K/size), size], padded with zeros."""
     n, k = w.shape
     return F.pad(w, (0, -k % size)).reshape(n, -(-k // size), size)
 
 
-def _q_max(args: QuantArgs) -> int:
+def largest_integer(args: QuantArgs) -> int:
+    """The largest q."""
     return 2 ** (args.bits - 1) - 1 if args.symmetric else 2**args.bits - 1
 
 
-def _stored(scale: torch.Tensor, args: QuantArgs, where: str) -> torch.Tensor:
-    """In the type it is stored in, and never zero."""
-    if args.scale_dtype == "float32":
-        return scale.clamp_min(_MIN_SCALE)
-    half = scale.clamp_min(_MIN_HALF_SCALE).half()
-    if not torch.isfinite(half).all():
+def stored_scale(scale: torch.Tensor, args: QuantArgs, where: str) -> torch.Tensor:
+    """Scales of either sign in the type they are stored in, and never zero.
+
+    Raises:
+        ValueError: too large for it.
+    """
+    half = args.scale_dtype == "float16"
+    magnitude = scale.abs().clamp_min(_MIN_HALF_SCALE if half else _MIN_SCALE)
+    signed = torch.where(scale < 0, -magnitude, magnitude)
+    if not half:
+        return signed
+    if not torch.isfinite(signed.half()).all():
         hint = 'use scale_dtype="float32"'
-        raise ValueError(message(where, "weight", f"a scale of {float(scale.max()):.3g}", "at most 65504", hint))
-    return half
+        raise ValueError(message(where, "weight", f"a scale of {float(magnitude.max()):.3g}", "at most 65504", hint))
+    return signed.half()

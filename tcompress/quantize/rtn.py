@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from tcompress.packing import PackedWeight
-from tcompress.quantize.grid import Grid
+from tcompress.quantize.range_search import Range, find_grid
 from tcompress.quantize.scheme import QuantArgs
 
 
-def round_to_nearest(weight: torch.Tensor, args: QuantArgs) -> PackedWeight:
+def round_to_nearest(
+    weight: torch.Tensor, args: QuantArgs, *, range: Range = "minmax", importance: torch.Tensor | None = None
+) -> PackedWeight:
     """Quantizes a weight by the range of what shares a scale: an output channel, or a group of it along K.
 
     ::
@@ -24,9 +26,11 @@ def round_to_nearest(weight: torch.Tensor, args: QuantArgs) -> PackedWeight:
     Args:
         weight: [N, K], any float type; computed in float32.
         args: of a `Scheme`'s weights.
+        range: all of it, or a part that is found (`find_grid`).
+        importance: [K], for range "mse": what an error in each input's weight costs, E[x²] for one.
 
     Raises:
         ValueError: the weight is not two-dimensional, holds NaN or infinity, or is too large for float16 scales.
     """
-    grid = Grid.of(weight, args, "round_to_nearest")
+    grid = find_grid(weight, args, "round_to_nearest", range, importance)
     return grid.pack(grid.integers(weight))

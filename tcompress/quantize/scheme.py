@@ -44,7 +44,8 @@ class QuantArgs(BaseModel):
     """How one tensor is quantized.
 
     Attributes:
-        bits: 2 to 8. Symmetric integers lie in ±(2^(bits-1) - 1), asymmetric ones in 0 … 2^bits - 1.
+        bits: 2 to 8. Symmetric integers lie in ±(2^(bits-1) - 1), with up to 4 bits and a searched range
+            (`range_search`) also at -2^(bits-1); asymmetric ones in 0 … 2^bits - 1.
         symmetric: without a zero point.
         granularity: what shares a scale.
         dynamic: the scale is computed from each input, not fixed in advance.

@@ -20,14 +20,32 @@ _DEFAULTS: dict[bool, dict[str, Any]] = {
 }
 
 
+#: Options of an algorithm, with their values where a step does not say.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "rtn": {"range": "minmax"},
+    "hqq": {},
+    "gptq": {"range": "mse", "sweeps": 1},
+    "autoround": {"iterations": 200, "start": "gptq"},
+}
+
+
 class Quantize(Step):
     """Replaces modules by quantized ones: linear layers and embeddings by a `scheme`, or the products between the
     projections of attention layers, softmax(Q Kᵀ) V, by `attention`. A step does one of the two.
 
     Attributes:
         scheme: a name ("W8A8", "W8A7", "W7A7"; "W8A16" for embeddings) or a `Scheme`.
-        algorithm: how a scheme's integers are found (`tcompress.quantize`): "rtn", to the nearest, or "gptq", which
-            makes up for the errors by the inputs of the layer and needs data; embeddings have no such inputs.
+        algorithm: how a scheme's integers are found (`tcompress.quantize`): "rtn", to the nearest; "hqq", on a grid for
+            sparse errors; "gptq", which makes up for the errors by the inputs of the layer; "autoround", which learns
+            the rounding of a whole block. The latter two need data, and embeddings have no such inputs.
+        range: of "rtn" and "gptq": "minmax", "percentile" or "mse" (`quantize.range_search`). By default "minmax" for
+            "rtn", "mse" for "gptq".
+        sweeps: of "gptq": how often integers and scales are refined afterwards (`quantize.refine`), 1 by default.
+        iterations: of "autoround", 200 by default.
+        start: of "autoround": where it begins, at "gptq" or, as in its paper, at "rtn".
+        bias_correction: the mean error of the outputs on the data goes into the bias, where a layer has one.
+        outliers: of LLM.int8: inputs whose magnitude exceeds this on the data (6 in the paper) are multiplied in
+            floating point.
         attention: "int8" or "int12", the bits of Q, K and V; "auto" is what the processor runs fastest
             (`ops.quantized_attention`). `torch.nn.MultiheadAttention`, `tcompress.nn.MultiHeadAttention` and the
             attention of `transformers` models are meant; the first one's projections become linear layers of their own
@@ -42,7 +60,13 @@ class Quantize(Step):
     scheme: Scheme | None = Field(None, validate_default=True)
     targets: tuple[str, ...] = ()  # both have defaults by the kind of step: _DEFAULTS
     ignore: tuple[str, ...] = ()
-    algorithm: Literal["rtn", "gptq"] | None = None
+    algorithm: Literal["rtn", "hqq", "gptq", "autoround"] | None = None
+    range: Literal["minmax", "percentile", "mse"] | None = None
+    sweeps: int | None = Field(None, ge=0)
+    iterations: int | None = Field(None, ge=1)
+    start: Literal["rtn", "gptq"] | None = None
+    bias_correction: bool | None = None
+    outliers: float | None = Field(None, gt=0)
     min_cosine: float | None = Field(None, ge=-1, le=1)
 
     @model_validator(mode="before")
@@ -54,7 +78,8 @@ class Quantize(Step):
         content = _DEFAULTS[attention] | content
         if attention and content.get("min_cosine") is None:
             content["min_cosine"] = MIN_COSINE
-        return content
+        options = _OPTIONS.get(str(content.get("algorithm")), {})
+        return content | {name: value for name, value in options.items() if content.get(name) is None}
 
     @field_validator("attention", mode="before")
     @classmethod
@@ -78,6 +103,18 @@ class Quantize(Step):
             raise ValueError(f"got {value!r}, expected it in a step with a scheme only")
         return value
 
+    @model_validator(mode="after")
+    def _of_algorithm(self) -> Quantize:
+        options = _OPTIONS.get(self.algorithm or "", {})
+        for name in ("range", "sweeps", "iterations", "start"):
+            if getattr(self, name) is not None and name not in options:
+                named = self.algorithm or "attention"
+                raise ValueError(f"got {name} with {named}, expected only {sorted(options) or 'no options'} with it")
+        if (self.bias_correction or self.outliers is not None) and self.algorithm in (None, "autoround"):
+            named = self.algorithm or "attention"
+            raise ValueError(f"got {named} with bias_correction or outliers, expected rtn, hqq or gptq with these")
+        return self
+
     @field_validator("min_cosine")
     @classmethod
     def _of_attention(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -88,7 +125,7 @@ class Quantize(Step):
     @property
     def needs_data(self) -> bool:
         """Whether it decides by the inputs of layers."""
-        return self.algorithm == "gptq"
+        return self.algorithm in ("gptq", "autoround") or bool(self.bias_correction) or self.outliers is not None
 
     @property
     def attention_bits(self) -> Literal[8, 12] | None:

@@ -46,7 +46,8 @@ class Recipe(BaseModel):
         version: of the format.
         steps: at least one.
         inputs: by which inputs a block is solved, where an algorithm needs data: what the "compressed" blocks before it
-            give, so that it makes up for their errors too, or what the "original" ones give.
+            give, so that it makes up for their errors too, what the "original" ones give, or ("sequential") what the
+            compressed layers before a layer give, those of its own block included.
 
     Raises:
         ValueError: no steps, an unknown field, or a version that this release does not read.
@@ -55,7 +56,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = VERSION
     steps: tuple[AnyStep, ...]
-    inputs: Literal["compressed", "original"] = "compressed"
+    inputs: Literal["compressed", "original", "sequential"] = "compressed"
 
     @field_validator("version")
     @classmethod

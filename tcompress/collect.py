@@ -1,0 +1,92 @@
+"""Collects what algorithms decide by: statistics of layers' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from tcompress.layer_job import Job, Key
+from tcompress.statistics import InputStatistics
+from tcompress.weights import linear_weight
+
+
+def layers_by_input(jobs: Sequence[Job], run: Callable[[], None]) -> list[list[Job]]:
+    """Layers in the order of their first calls, those together that are given the very same tensors, call by call: Q, K
+    and V, or gate and up. Layers with one weight stand together too; those that are never called come last.
+
+    Args:
+        run: calls what holds the layers, on one sample.
+    """
+    given: dict[Key, list[torch.Tensor]] = {}
+    with ExitStack() as stack:
+        for job in jobs:
+
+            def note(module: Any, args: Any, kwargs: Any, key: Key = job.key) -> None:
+                given.setdefault(key, []).append(args[0] if args else next(iter(kwargs.values())))
+
+            stack.callback(job.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        run()
+    groups: list[tuple[list[torch.Tensor], list[Job]]] = []
+    order = list(given)
+    for job in sorted(jobs, key=lambda job: order.index(job.key) if job.key in given else len(order)):
+        own = given.get(job.key, [])
+        if groups and _same(groups[-1][0], own):
+            groups[-1][1].append(job)
+        else:
+            groups.append((own, [job]))
+    return [group for _, group in groups]
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def collect(groups: Collection[Collection[Job]], run: Callable[[], None]) -> Mapping[Key, InputStatistics]:
+    """The statistics of all layers that need them. Layers with one weight share theirs, and so do those of a group of
+    `layers_by_input`, as long as they go on being given the same tensors; one that is not gets its own in another run.
+    """
+    statistics: dict[Key, InputStatistics] = {}
+    apart: list[Job] = []
+    with ExitStack() as stack:
+        for group in groups:
+            wanting = [job for job in group if job.needs_statistics]
+            if not wanting:
+                continue
+            first = wanting[0]
+            shared = _SharedStatistics(first, any(job.needs_hessian for job in wanting))
+            for job in wanting:
+                statistics[job.key] = shared.statistics
+                hook = shared.add if job.key == first.key else shared.follow(job, apart)
+                stack.callback(job.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
+    if apart:
+        keys = {job.key for job in apart}
+        alone = [[job for job in apart if job.key == key] for key in keys]
+        statistics |= collect(alone, run)
+    return statistics
+
+
+class _SharedStatistics:
+    """Statistics of one layer's inputs, and whether other layers are given the same."""
+
+    def __init__(self, job: Job, hessian: bool) -> None:
+        weight = linear_weight(job.module)
+        self.statistics = InputStatistics(weight.shape[1], hessian, weight.device)
+        self._last: torch.Tensor | None = None
+
+    def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._last = args[0] if args else next(iter(kwargs.values()))
+        self.statistics.add(self._last)
+
+    def follow(self, job: Job, apart: list[Job]) -> Any:
+        """A hook that notes a layer which is given something else."""
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            if given is not self._last and job not in apart:
+                apart.append(job)
+
+        return hook
