@@ -37,6 +37,7 @@ def compress(
     *,
     tokenizer: Callable[..., Any] | None = None,
     max_length: int | None = None,
+    resume: str | Path | None = None,
     inplace: bool = False,
     progress: bool = True,
 ) -> CompressResult:
@@ -52,6 +53,8 @@ def compress(
             Samples that are empty or hold NaN or infinity are left out, with a warning (`Samples`).
         tokenizer: of text in the data, called as those of `transformers` are.
         max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
+        resume: a folder, made if it is missing, that keeps what was found block by block. The same call with the same
+            folder after a crash goes on after the last block that was finished, with the result that it would have had.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 
@@ -72,9 +75,9 @@ def compress(
     show = progress and get_console().is_terminal
     work: Work | None = None
     if has_transforms(recipe):
-        work, swapped = _transformed(model, recipe, samples, inplace, show)
+        work, swapped = _transformed(model, recipe, samples, inplace, show, resume)
     else:
-        swapped = swap_layers(model, recipe, samples, inplace, show)
+        swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume)
     layers, notes = swapped.layers, swapped.notes
     first: tuple[Any, torch.Tensor] | None = None
     if work is not None:
@@ -101,14 +104,16 @@ def compress(
     return CompressResult(swapped.model, report)
 
 
-def _transformed(model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool) -> tuple[Work, Swapped]:
+def _transformed(
+    model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool, resume: str | Path | None
+) -> tuple[Work, Swapped]:
     """The transforms of a recipe, then its other steps on what they made."""
     work, rest = transform(model, recipe, data, inplace, progress)
     if rest is None:
         return work, Swapped(work.model, [], [], [], None, False)
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
-    return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers)
+    return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers, resume=resume)
 
 
 def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: list[str]) -> float | None:
