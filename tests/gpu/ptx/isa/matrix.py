@@ -28,7 +28,7 @@ from ..types import B32, F32, S32, Array, Mask
 from .matrix_access import spread_warps, whole_warps
 
 #: types of A and B -> elements in a register, and how they become float64
-_ELEMENTS: dict[str, tuple[int, Callable[[Array], Array]]] = {
+ELEMENTS: dict[str, tuple[int, Callable[[Array], Array]]] = {
     "f16": (2, lambda x: x.view(np.float16).astype(np.float64)),
     "bf16": (2, lambda x: widen_bf16(x.view(np.uint16)).astype(np.float64)),
     "s8": (4, lambda x: x.view(np.int8).astype(np.float64)),
@@ -96,7 +96,7 @@ def _mma(ins: Instruction, kernel: Kernel) -> Execute:
         raise ins.unknown("types of A and B are not modelled")
     if not integer and types[1] != types[2]:
         raise ins.unknown("A and B: expected one type")
-    (e, widen_a), (_, widen_b) = _ELEMENTS[types[1]], _ELEMENTS[types[2]]
+    (e, widen_a), (_, widen_b) = ELEMENTS[types[1]], ELEMENTS[types[2]]
     n_b = int(shape[6:]) // (4 * e)
     if n_b not in (1, 2):
         raise ins.unknown(f"shape .{shape} of .{types[1]}")
@@ -154,7 +154,7 @@ def _sparse(ins: Instruction, mods: Modifiers) -> Execute:
         raise ins.unknown("numbers of registers")
     if not isinstance(selector, Immediate) or selector.value:
         raise ins.unknown("the selector: expected 0, for all threads have metadata")
-    widen_a, widen_b = _ELEMENTS[types[1]][1], _ELEMENTS[types[2]][1]
+    widen_a, widen_b = ELEMENTS[types[1]][1], ELEMENTS[types[2]][1]
     writes = [sink(ins, x, S32) for x in d]
     read_a, read_b = [source(ins, x, B32) for x in a], [source(ins, x, B32) for x in b]
     read_c, read_word = [source(ins, x, S32) for x in c], source(ins, word, B32)
