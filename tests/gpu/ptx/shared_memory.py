@@ -80,16 +80,16 @@ class SharedMemory:
         bad = (self.state[index] == PENDING).any(1)
         if bad.any():
             raise AsyncNotWaited(f"{what} to where a copy is on its way: {first(bad, threads, addresses)}")
+        if self._unseen.size:
+            bad = (self._read_by_products[index] > 0).any(1)
+            if bad.any():
+                raise AsyncNotWaited(f"{what} to what a wgmma still reads: {first(bad, threads, addresses)}")
+            self._unseen[index] = self._all_warps
         for kept, verb in ((self.writer, "wrote"), (self.reader, "read")):
             owner = kept[index]
             bad = ((owner != NOBODY) & (owner != warps)).any(1)
             if bad.any():
                 raise Race(f"{what} to what another warp {verb} since the barrier: {first(bad, threads, addresses)}")
-        if self._unseen.size:
-            if (self._read_by_products[index] > 0).any():
-                bad = (self._read_by_products[index] > 0).any(1)
-                raise AsyncNotWaited(f"{what} to what a wgmma still reads: {first(bad, threads, addresses)}")
-            self._unseen[index] = self._all_warps
         self.writer[index] = warps
         # Triton lets several warps store the same value in one instruction; `store` finds different ones
         lost = self.writer[index] != warps

@@ -48,14 +48,14 @@ class Warpgroups:
             self._free(g, registers)
             state.touched |= registers
 
-    def copy(self, groups: Iterable[int], to: int, origin: int | None) -> None:
+    def copy(self, groups: Iterable[int], to: int, origin: int | None, all_threads: bool) -> None:
         """A mov; origin: the register it reads, if there is one."""
         for g in groups:
             touched = self.state[g].touched
             self._free(g, (to,) if origin is None else (to, origin))
             if origin in touched:
                 touched.add(to)
-            else:
+            elif all_threads:
                 touched.discard(to)
 
     def _free(self, group: int, registers: Iterable[int]) -> None:

@@ -217,7 +217,7 @@ def _fence(ins: Instruction, kernel: Kernel) -> Execute:
         scope = mods.one_of("cta", "gl", "sys")
     else:
         if mods.flag("proxy"):
-            return _proxy_fence(ins, mods)
+            return _proxy_fence(ins, mods, kernel)
         mods.any_of("sc", "acq_rel")
         scope = mods.one_of(*_SCOPES)
     mods.end()
@@ -231,8 +231,10 @@ def _fence(ins: Instruction, kernel: Kernel) -> Execute:
     return execute
 
 
-def _proxy_fence(ins: Instruction, mods: Modifiers) -> Execute:
+def _proxy_fence(ins: Instruction, mods: Modifiers, kernel: Kernel) -> Execute:
     """Between plain accesses to shared memory and those of wgmma. By a part of a warp it orders nothing here."""
+    if int("".join(c for c in kernel.target if c.isdigit())) < 90:
+        raise ins.unknown(f"target {kernel.target}: the asynchronous proxy is of 9.0 and later")
     mods.sequence("async")
     mods.any_of("shared::cta")
     mods.end()

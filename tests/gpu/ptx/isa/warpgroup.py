@@ -16,7 +16,7 @@ from ..operands import Read, items, sink, source
 from ..program import Immediate, Instruction, Kernel, Modifiers, Operand, Register, Vector
 from ..registry import opcode
 from ..types import B32, B64, F32, PRED, S32, Array, Mask
-from .matrix import ELEMENTS, fragment_a, gather, to_int32
+from .fragments import ELEMENTS, fragment_a, gather, to_int32
 from .matrix_descriptor import matrix_bytes
 
 
@@ -36,7 +36,7 @@ def whole_warpgroups(m: Machine, mask: Mask, what: str) -> list[int]:
 
 @opcode("wgmma")
 def _wgmma(ins: Instruction, kernel: Kernel) -> Execute:
-    if kernel.target not in ("", "sm_90a"):
+    if kernel.target != "sm_90a":
         raise ins.unknown(f"target {kernel.target}: wgmma is of sm_90a alone")
     mods = Modifiers(ins)
     name = mods.one_of("mma_async", "fence", "commit_group", "wait_group")
