@@ -20,7 +20,8 @@ def entry(body: str, pointers: int = 1, outside: str = "", target: str = "sm_80"
     """A kernel `k` with that many pointers as parameters, in %d0, %d1, …; %r0 is the thread's number."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(pointers))
     loads = "".join(f"ld.param.u64 %d{i}, [p{i}];\n" for i in range(pointers))
-    return f"{HEAD.format(target)}{outside}.visible .entry k({parameters})\n{{\n{DECLARED}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    head = f"{HEAD.format(target)}{outside}.visible .entry k({parameters})\n"
+    return f"{head}{{\n{DECLARED}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
 
 
 def run(body: str, *arrays: Any, threads: int = 32, blocks: int = 1, shared: int = 0, **kwargs: Any) -> int:
