@@ -1,5 +1,5 @@
-"""The Triton kernels as compiled for 9.0, with products of warpgroups, run in the PTX emulator: the same integers as the
-references and as the code for 8.0; and the fences and waits of that code, planted wrong."""
+"""The Triton kernels as compiled for 9.0, with products of warpgroups, run in the PTX emulator: the same integers as
+the references and as the code for 8.0; and the fences and waits of that code, planted wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ triton_cases.require_compiler()
 
 import test_triton_emulated as emulated_cases  # noqa: E402
 from emulated import emulated  # noqa: E402
-from ptx import AsyncNotWaited, MissingFence, PtxError  # noqa: E402
+from ptx import AsyncNotWaited, MissingFence  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
 from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
@@ -117,20 +117,24 @@ PROXY, FENCE = r"fence\.proxy\.async\.shared::cta;", r"wgmma\.fence\.sync\.align
 WAIT, COMMIT = r"wgmma\.wait_group\.sync\.aligned\s+\d+;", r"wgmma\.commit_group\.sync\.aligned;"
 
 
+#: 128 bytes of swizzle, 1024 from 8 rows to the next: what the compiler adds to an address for a descriptor.
+SWIZZLED_128 = 1 << 62 | 1024 >> 4 << 32
+DESCRIPTOR = rf"\b{SWIZZLED_128}(?=;)"
+
+
 @KERNELS
-@pytest.mark.parametrize(("pattern", "replacement", "errors"), [
+@pytest.mark.parametrize(("pattern", "replacement", "error"), [
     (PROXY, "", MissingFence), (FENCE, "", MissingFence), (WAIT, "wgmma.wait_group.sync.aligned 7;", AsyncNotWaited),
     (COMMIT, "", AsyncNotWaited),
 ])  # fmt: skip
-def test_what_is_missing_is_reported(kernel, pattern, replacement, errors):
+def test_what_is_missing_is_reported(kernel, pattern, replacement, error):
     """Each of its places, of which the compiler may have put some without need: those change no result."""
     right, places = run_edited(kernel, pattern, replacement, -1)
     reported = 0
     for i in range(places):
         try:
             assert torch.equal(run_edited(kernel, pattern, replacement, i)[0], right)
-        except PtxError as error:
-            assert isinstance(error, errors)
+        except error:
             reported += 1
     assert reported > 0
     assert reported >= places // 2
@@ -138,9 +142,7 @@ def test_what_is_missing_is_reported(kernel, pattern, replacement, errors):
 
 def test_a_wrong_descriptor_changes_the_sums():
     """The second 32 bytes of each row in the place of the first."""
-    right, _ = run_edited("linear_wide", FENCE, "", -1)
-    wrong, _ = run_edited("linear_wide", r"or\.b64(\s+%rd\d+, %rd\d+, )4611686293305294848;", "", -1)
-    assert torch.equal(right, wrong)
-    moved, places = run_edited("linear_wide", r"4611686293305294848", "4611686293305294850", 0)
+    right, places = run_edited("linear_wide", DESCRIPTOR, "", -1)
     assert places >= 2
+    moved, _ = run_edited("linear_wide", DESCRIPTOR, str(SWIZZLED_128 + 2), 0)
     assert not torch.equal(moved, right)
