@@ -101,6 +101,11 @@ class GlobalMemory:
         self._invalid = np.concatenate([[0], np.cumsum(~self.valid)])
         self._ready = True
 
+    def allow_unwritten(self) -> None:
+        """From now on reads of what nothing wrote are no errors. They give `POISON`."""
+        self.state[self.valid] = WRITTEN
+        self.has_unwritten = False
+
     def new_launch(self) -> None:
         self.writer[:] = NOBODY
         self.published = np.zeros(self.bytes.size, bool)
