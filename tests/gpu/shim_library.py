@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import math
 import os
@@ -46,13 +47,15 @@ def build(folder: Path, *flags: str) -> Path:
     inputs = [*SHIM.iterdir(), *CUDA.iterdir(), *(CUDA.parent / "cpu").glob("*_kind.h")]
     text = b"".join(p.read_bytes() for p in sorted(inputs)) + " ".join([*FLAGS, *flags]).encode()
     target = folder / f"kernels_on_cpu_{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}")
-        gxx = compiler()
-        assert gxx
-        command = [gxx, *FLAGS, *flags, "-I", str(SHIM), "-I", str(CUDA), *map(str, sources), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.replace(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's
+        if not target.exists():
+            part = target.with_suffix(f".{os.getpid()}")
+            gxx = compiler()
+            assert gxx
+            command = [gxx, *FLAGS, *flags, "-I", str(SHIM), "-I", str(CUDA), *map(str, sources), "-o", str(part)]
+            subprocess.run(command, check=True)
+            part.replace(target)
     return target
 
 
