@@ -32,9 +32,10 @@ def awq(work: Work, step: AWQ) -> None:
         owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
         runner = BlockRunner(model, chains, samples)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
-        rest = [t for t in targets if len({owner.get(m) for m in t.schemes}) > 1 or owner.get(next(iter(t.schemes))) is None]
+        places = {t: {owner.get(m) for m in t.schemes} for t in targets}
+        rest = [t for t in targets if len(places[t]) > 1 or None in places[t]]
         for stage in track(stages, "scaling", disable=not work.progress, transient=True):
-            own = [t for t in targets if t not in rest and owner[next(iter(t.schemes))] == stage]
+            own = [t for t in targets if places[t] == {stage}]
             inputs = ReaderInputs(hessian=True)
             inputs.collect(own, partial(runner.run, *stage, True))
             found += [(target, *_scales(target, inputs)) for target in own]

@@ -33,7 +33,8 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
 
     A chain is a `torch.nn.ModuleList` of two or more members that were each called once on this batch, in order, one
     after the other's end, each with the first tensor that the one before returned; nothing that an earlier one returned
-    may go past it, unless that one hands it on; and all return alike, so that one can hand out another's. Chains do not lie in one another, and the longer of two is taken.
+    may go past it, unless that one hands it on; and all return alike, so that one can hand out what another returned.
+    Chains do not lie in one another, and the longer of two is taken.
     """
     lists = {id(m): m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     members = {member for m in lists.values() for member in m}

@@ -14,7 +14,7 @@ from torch import nn
 
 import tcompress.awq_step
 import tcompress.rotate_step
-import tcompress.smooth_step  # noqa: F401: each declares what runs its kind of step
+import tcompress.smooth_step  # noqa: F401
 from tcompress import calibrate
 from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe

@@ -40,7 +40,8 @@ class Consumer:
 class Pair:
     """A module and all the readers of its output, between which scales can be moved.
 
-    With y [..., N] the source's output and s [N] > 0: y / s and columns of the readers' weights times s compute the same.
+    With y [..., N] the source's output and s [N] > 0: y / s, and columns of the readers' weights times s, compute the
+    same.
 
     Attributes:
         name, source: a norm, or a linear layer.
@@ -82,7 +83,7 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
         Pairs in the order in which they ran; norms and linear layers that are no source, with the reason.
     """
     names = {module: paths[0] for module, paths in module_names(model, {}).items()}
-    linears = {m: name for m, name in names.items() if _is_linear(m)}
+    linears = {m: name for m, name in names.items() if is_linear(m)}
     sources = {m: Source(m) for m in names if m in linears or may_have_gain(m)}
     trace = ScaleTrace(sources, linears)
     with evaluating(model):
@@ -107,7 +108,7 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
     return [pair for pair in pairs if pair not in wrong], skipped
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear) or parametrize.is_parametrized(module):
         return False
     base = nn.Linear if isinstance(module, nn.Linear) else type(module) if is_conv1d(module) else None

@@ -222,9 +222,7 @@ def _channels(twins: list[torch.Tensor]) -> torch.Tensor | None:
     return channels.masked_fill(~seen.any(0), -1)
 
 
-def _obstacle(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], own: list[bool]
-) -> str:
+def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], own: list[bool]) -> str:
     """Why an operation cannot be done on twins, or "". `own` tells which leaves have twins."""
     name = _name(func)
     others = [x for x, is_own in zip(leaves, own, strict=True) if isinstance(x, torch.Tensor) and not is_own]

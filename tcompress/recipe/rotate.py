@@ -10,8 +10,8 @@ from tcompress.recipe.step import Transform
 
 
 class Rotate(Transform):
-    """QuaRot's rotation of the residual stream (`tcompress.rotate_step`), folded into the weights that read it and write
-    it. The model computes the same. A `Quantize` step follows. Needs a sample, to find these weights.
+    """QuaRot's rotation of the residual stream (`tcompress.rotate_step`), folded into the weights that read it and
+    write it. The model computes the same. A `Quantize` step follows. Needs a sample, to find these weights.
 
     Attributes:
         seed: of the random signs.

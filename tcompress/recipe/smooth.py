@@ -10,8 +10,8 @@ from tcompress.recipe.step import Transform
 
 
 class Smooth(Transform):
-    """SmoothQuant (`tcompress.quantize.smoothquant`): divides the inputs of linear layers by scales that are folded into
-    the norm or linear layer that gives them, and multiplies their weights. The model computes the same. A `Quantize`
+    """SmoothQuant (`tcompress.quantize.smoothquant`): divides the inputs of linear layers by scales that are folded
+    into the norm or linear layer that gives them, and multiplies their weights. The model computes the same. A `Quantize`
     step with activations follows. Needs data.
 
     Attributes:
