@@ -154,7 +154,8 @@ def rotation_of(
         if bias is not None and bool(((_gain(pair) == 0) & (bias != 0)).any()):
             return f"{names[reader]} has a weight of zero where its bias is none"
         norms.append(pair)
-    rotation = Rotation(matrix, kind, tuple(stream.writers), tuple(norms), tuple(direct))
+    writers = sorted(stream.writers, key=lambda m: not isinstance(m, nn.Embedding))
+    rotation = Rotation(matrix, kind, tuple(writers), tuple(norms), tuple(direct))
     return _shared_weight(rotation, names) or rotation
 
 

@@ -20,11 +20,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tcompress.blocks import tensors_in
 from tcompress.calibrate import run
+from tcompress.pairs.owners import Owners
 
 #: Operations with one tensor after which channels are what they were, if the last axis is as long.
 _SAME = frozenset(
-    ("view", "_unsafe_view", "reshape", "slice", "select", "index", "index_select", "unsqueeze", "squeeze", "expand")
-    + ("clone", "detach", "alias", "_to_copy", "lift_fresh", "copy")
+    (
+        *("view", "_unsafe_view", "reshape", "slice", "select", "index", "index_select", "unsqueeze", "squeeze"),
+        *("expand", "clone", "detach", "alias", "_to_copy", "lift_fresh", "copy"),
+    )
 )
 _SUMS = frozenset(("add", "add_"))
 _PRODUCTS = frozenset(("mul", "mul_", "div", "div_"))
@@ -67,6 +70,7 @@ class StreamTrace(TorchDispatchMode):
         self._of: Any = WeakTensorKeyDictionary()  # tensor -> stream, which may since have joined another
         self._joined: dict[Stream, Stream] = {}
         self._all: list[Stream] = []
+        self._owners = Owners(modules)
         self._inside = 0
 
     def run(self, model: nn.Module, sample: Any) -> list[Stream]:
@@ -85,6 +89,8 @@ class StreamTrace(TorchDispatchMode):
         shared: dict[tuple[int, bool], Stream] = {}
         for stream in self._all:
             root = self._find(stream)
+            if self._owners.elsewhere & (root.writers.keys() | root.readers.keys()):
+                root.obstacles["a weight of a module at it is used outside of that too"] = None
             for module, writes in [(m, True) for m in root.writers] + [(m, False) for m in root.readers]:
                 for parameter in module.parameters(recurse=False):
                     self._join(shared.setdefault((id(parameter), writes), root), root)
@@ -97,6 +103,7 @@ class StreamTrace(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if self._inside:
             return output
+        self._owners.see(tree_flatten((args, kwargs))[0])
         name = str(func._schema.name).rpartition("::")[2]
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         results = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -128,6 +135,7 @@ class StreamTrace(TorchDispatchMode):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
+        self._owners.running.append(module)
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim():
             self._find(self._stream(x)).readers[module] = None
@@ -135,6 +143,7 @@ class StreamTrace(TorchDispatchMode):
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
+        self._owners.running.pop()
         if isinstance(output, torch.Tensor) and output.dim():
             stream = self._new(output)
             stream.writers[module] = None

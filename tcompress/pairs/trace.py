@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tcompress.blocks import tensors_in
 from tcompress.calibrate import run
+from tcompress.pairs.owners import Owners
 
 #: Bits of a channel's number that one twin carries. Float16 has few exponents to spare.
 _BITS, _HALF_BITS = 4, 2
@@ -71,7 +72,13 @@ class ScaleTrace(TorchDispatchMode):
         #: Inputs of each source, a few rows [R, C], where it has one and that is as wide as its output.
         self.inputs: dict[nn.Module, torch.Tensor] = {}
         self._twins: Any = WeakTensorKeyDictionary()  # real tensor -> {source: its twins}
+        self._owners = Owners([*sources, *linears])
         self._inside = 0
+
+    @property
+    def elsewhere(self) -> set[nn.Module]:
+        """Modules whose parameters are also used outside of them."""
+        return self._owners.elsewhere
 
     def run(self, model: nn.Module, sample: Any) -> Any:
         """Calls the model, in evaluation mode, and returns its output; results are in `sources`."""
@@ -94,6 +101,7 @@ class ScaleTrace(TorchDispatchMode):
         if self._inside:
             return func(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
+        self._owners.see(leaves)
         known = [self._twins.get(leaf, {}) if isinstance(leaf, torch.Tensor) else {} for leaf in leaves]
         results: dict[Source, list[Any]] = {}
         for source in {source: None for twins in known for source in twins}:
@@ -128,6 +136,7 @@ class ScaleTrace(TorchDispatchMode):
             self._twins.setdefault(result, {})[source] = twins
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._owners.running.append(module)
         x = args[0] if args else next(iter(kwargs.values()), None)
         if module not in self.linears:
             if len(args) + len(kwargs) == 1 and isinstance(x, torch.Tensor) and x.dim() and x.numel():
@@ -142,6 +151,7 @@ class ScaleTrace(TorchDispatchMode):
                 self._arrived(source, module, twins)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._owners.running.pop()
         if module in self.linears:
             self._inside -= 1
         source = self.sources.get(module)
@@ -200,17 +210,27 @@ def _all_equal(values: list[Any]) -> bool:
 
 def _scaled(twins: list[torch.Tensor]) -> bool:
     """Whether the double is twice the base, and each digit twin the base times powers of two."""
-    if not torch.equal(twins[1], twins[0] * 2):
+    base, least = twins[0].float(), _least(twins[0])
+    exact = ~(base.abs() < least)  # NaN is compared, and differs
+    if not torch.equal((twins[1].float())[exact], base[exact] * 2):
         return False
-    mantissa = torch.frexp(twins[0].float()).mantissa
-    return all(torch.equal(torch.frexp(twin.float()).mantissa, mantissa) for twin in twins[2:])
+    mantissa = torch.frexp(base[exact]).mantissa
+    for twin in (twin.float() for twin in twins[2:]):
+        if not torch.equal(torch.frexp(twin[exact]).mantissa, mantissa) or (twin[~exact].abs() > least**0.5).any():
+            return False
+    return True
+
+
+def _least(tensor: torch.Tensor) -> float:
+    """Below this a twin may have lost digits: float16 has few exponents."""
+    return float(torch.finfo(tensor.dtype).tiny * 2 ** _bits(tensor))
 
 
 def _channels(twins: list[torch.Tensor]) -> torch.Tensor | None:
     """Which channel of the source each input [K] is, -1 where it is zero throughout; None if that differs by token."""
     base, bits = twins[0], _bits(twins[0])
     rows = base.reshape(-1, base.shape[-1])
-    exponent, seen = torch.frexp(rows.float()).exponent, rows != 0
+    exponent, seen = torch.frexp(rows.float()).exponent, rows.float().abs() >= _least(base)
     first = seen.int().argmax(0, keepdim=True)
     channels = torch.zeros(rows.shape[1], dtype=torch.long, device=rows.device)
     for i, twin in enumerate(twins[2:]):

@@ -11,8 +11,8 @@ from tcompress.recipe.step import Transform
 
 class Smooth(Transform):
     """SmoothQuant (`tcompress.quantize.smoothquant`): divides the inputs of linear layers by scales that are folded
-    into the norm or linear layer that gives them, and multiplies their weights. The model computes the same. A `Quantize`
-    step with activations follows. Needs data.
+    into the norm or linear layer that gives them, and multiplies their weights. The model computes the same. A
+    `Quantize` step with activations follows. Needs data.
 
     Attributes:
         alpha: the migration strength, 0 … 1, or "auto": for each pair, the one of ten with the smallest output error
