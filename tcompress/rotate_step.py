@@ -103,7 +103,7 @@ def _retie(
         size = weight.nbytes / MIB
         work.notes.append(f"rotate: {names[module]} no longer shares its weight with {owner}: {size:.1f} MiB more")
     config = getattr(work.model, "config", None)
-    if rotated and untied and hasattr(config, "tie_word_embeddings"):
+    if rotated and untied and config is not None and hasattr(config, "tie_word_embeddings"):
         config.tie_word_embeddings = False
 
 

@@ -86,7 +86,8 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
     sources = {m: Source(m) for m in names if m in linears or may_have_gain(m)}
     trace = ScaleTrace(sources, linears)
     with evaluating(model):
-        expected = list(tensors_in(trace.run(model, sample)))
+        trace.run(model, sample)
+        expected = list(tensors_in(run(model, sample)))
         kinds = {m: "linear" if m in linears else _gain(m, trace) for m in sources}
         users = _users(model)
         pairs: list[Pair] = []
@@ -99,8 +100,9 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
                 continue
             consumers = tuple(Consumer(names[m], m, channels) for m, channels in source.readers.items())
             taken |= {c.module: names[module] for c in consumers}
-            weight = linear_weight(module) if module in linears else module.weight
-            pairs.append(Pair(names[module], module, kinds[module], weight.shape[0], consumers))  # type: ignore[arg-type,union-attr]
+            weight = linear_weight(module) if module in linears else module._parameters["weight"]
+            assert weight is not None
+            pairs.append(Pair(names[module], module, kinds[module], weight.shape[0], consumers))  # type: ignore[arg-type]
         wrong = _wrong(model, sample, pairs, expected)
     reasons |= {pair.source: "scales change the model's output" for pair in wrong}
     skipped = [NoPair(names[m], m, reason) for m, reason in reasons.items()]
@@ -108,12 +110,14 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer that computes x Wᵀ + b by its own weight and nothing else."""
     if isinstance(module, NonDynamicallyQuantizableLinear) or parametrize.is_parametrized(module):
         return False
     base = nn.Linear if isinstance(module, nn.Linear) else type(module) if is_conv1d(module) else None
     weight = module._parameters.get("weight")
-    plain = base is not None and type(module).forward is base.forward and weight is not None
-    return plain and weight.is_floating_point() and weight.dim() == 2 and weight.device.type != "meta"
+    if base is None or weight is None or type(module).forward is not base.forward:
+        return False
+    return weight.is_floating_point() and weight.dim() == 2 and weight.device.type != "meta"
 
 
 def _gain(module: nn.Module, trace: ScaleTrace) -> str | None:
