@@ -12,6 +12,9 @@ import torch
 from rich import get_console
 from torch import nn
 
+import tcompress.awq_step
+import tcompress.rotate_step
+import tcompress.smooth_step  # noqa: F401
 from tcompress import calibrate
 from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe

@@ -11,15 +11,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator
 
 from tcompress.errors import message
+from tcompress.recipe.awq import AWQ
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
+from tcompress.recipe.rotate import Rotate
+from tcompress.recipe.smooth import Smooth
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step
 
 #: The recipe's format; raised when an old file would be read differently.
 VERSION = 1
 #: The kinds of steps, in the order of the documentation.
-STEPS: tuple[type[Step], ...] = (Quantize, Sparse, Prune)
+STEPS: tuple[type[Step], ...] = (
+    Quantize,
+    Sparse,
+    Prune,
+    Smooth,
+    AWQ,
+    Rotate,
+)
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
 
@@ -33,7 +43,12 @@ def _kind(step: Any) -> str | None:
 
 #: Any step of a recipe. The type checker is told a union; a new kind stands here and in `STEPS`.
 AnyStep = Annotated[
-    Annotated[Quantize, Tag("quantize")] | Annotated[Sparse, Tag("sparse")] | Annotated[Prune, Tag("prune")],
+    Annotated[Quantize, Tag("quantize")]
+    | Annotated[Sparse, Tag("sparse")]
+    | Annotated[Prune, Tag("prune")]
+    | Annotated[Smooth, Tag("smooth")]
+    | Annotated[AWQ, Tag("awq")]
+    | Annotated[Rotate, Tag("rotate")],
     Discriminator(_kind),
 ]
 
