@@ -44,8 +44,8 @@ class Quantize(Step):
         iterations: of "autoround", 200 by default.
         start: of "autoround": where it begins, at "gptq" or, as in its paper, at "rtn".
         bias_correction: the mean error of the outputs on the data goes into the bias, where a layer has one.
-        outliers: of LLM.int8: inputs whose magnitude exceeds this on the data (6 in the paper) are multiplied in
-            floating point.
+        outliers: of LLM.int8: the inputs of a layer whose largest magnitude on the data is more than so many times the
+            median over its inputs, 4 for one, are multiplied in floating point (`nn.OutlierLinear`).
         attention: "int8" or "int12", the bits of Q, K and V; "auto" is what the processor runs fastest
             (`ops.quantized_attention`). `torch.nn.MultiheadAttention`, `tcompress.nn.MultiHeadAttention` and the
             attention of `transformers` models are meant; the first one's projections become linear layers of their own
