@@ -199,7 +199,7 @@ def _distance(output: Any, got: torch.Tensor | None, expected: torch.Tensor | No
     if got is None or expected is None:
         raise ValueError(message("mixed_precision", "model", "no float tensor returned", "one", 'measure="layer"'))
     if getattr(output, "logits", None) is got:
-        p, q = expected.float().log_softmax(-1), got.float().log_softmax(-1)
+        p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
         return float(F.kl_div(q, p, log_target=True, reduction="sum")) / max(p[..., 0].numel(), 1)
     return float((got.double() - expected.double()).square().sum() / expected.double().square().sum())
 

@@ -10,6 +10,7 @@ from tcompress.packing import PackedWeight
 from tcompress.prune import sparsegpt, wanda_mask
 from tcompress.quantize import gptq, hqq, round_to_nearest
 from tcompress.quantize.bias_correction import corrected_bias
+from tcompress.quantize.error_propagation import propagated_weight
 from tcompress.recipe import Quantize
 from tcompress.statistics import InputStatistics
 from tcompress.weights import linear_bias, linear_weight
@@ -36,6 +37,11 @@ def solve_layer(job: Job, statistics: InputStatistics | None) -> Solution:
         return Solution(weight.to(linear_weight(job.module).dtype), mask, None)
     outliers = outlier_inputs(job, statistics)
     rest = weight if outliers is None else weight.index_fill(1, outliers, 0)
+    if job.needs_original and statistics is not None and statistics.shift is not None:
+        assert job.quantize.propagation is not None
+        rest = propagated_weight(rest, statistics, job.quantize.propagation)
+        if outliers is not None:
+            rest = rest.index_fill(1, outliers, 0)
     packed = integers(rest, job.quantize, statistics)
     computed = packed.dequantize()
     if outliers is not None:
