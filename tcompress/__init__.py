@@ -1,6 +1,7 @@
 """Compress trained Transformers and run them on fused int8 kernels, as drop-in torch modules."""
 
 from tcompress import cuda_backend, nn, ops, triton_backend  # noqa: F401  backends: their kernels are registered
+from tcompress.advisor import Advice, Target, advise
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 register_when_imported()
 
 __all__ = [
+    "Advice",
     "CompressResult",
     "KVCache",
     "Prune",
@@ -30,6 +32,8 @@ __all__ = [
     "Report",
     "Scheme",
     "Sparse",
+    "Target",
+    "advise",
     "compress",
     "explain",
     "int8_attention",

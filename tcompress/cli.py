@@ -1,9 +1,9 @@
-"""The command line: `tcompress demo`, `tcompress info`, `tcompress compress`."""
+"""The command line: `tcompress demo`, `info`, `compress`, `advise`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,19 +46,65 @@ def info() -> None:
         console.print(f"  {path}: {state}{chosen}", highlight=False)
 
 
+_Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face model (config.json and weights).")]
+_ModelClass = Annotated[str, typer.Option(help="Class of transformers to load it with.")]
+_Data = Annotated[Path | None, typer.Option(help="Text to calibrate on, a sample a line.")]
+_MaxLength = Annotated[int | None, typer.Option(help="Tokens a sample; by default what the model takes.")]
+
+
 @app.command()
 def compress(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model (config.json and weights).")],
+    source: _Source,
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
     recipe: Annotated[str, typer.Option(help="A preset or a YAML file.")] = "int8",
-    model_class: Annotated[str, typer.Option(help="Class of transformers to load it with.")] = "AutoModel",
+    model_class: _ModelClass = "AutoModel",
+    data: _Data = None,
+    max_length: _MaxLength = None,
 ) -> None:
     """Compress a Hugging Face model and save it; `tcompress.load` reads it back."""
-    import transformers
-
     import tcompress
 
-    model = getattr(transformers, model_class).from_pretrained(source)
-    result = tcompress.compress(model, recipe, inplace=True)
+    model, texts, tokenizer = _loaded(source, model_class, data)
+    result = tcompress.compress(model, recipe, texts, tokenizer=tokenizer, max_length=max_length, inplace=True)
     result.report.print(Console())
     typer.echo(f"saved to {tcompress.save(result.model, out)}")
+
+
+@app.command()
+def advise(
+    source: _Source,
+    model_class: _ModelClass = "AutoModel",
+    data: _Data = None,
+    max_length: _MaxLength = None,
+    disk: Annotated[str | None, typer.Option(help='Largest file, such as "25 MB".')] = None,
+    memory: Annotated[str | None, typer.Option(help="Most memory of the weights.")] = None,
+    latency: Annotated[str | None, typer.Option(help='Longest call on the first line of the data, "8 ms".')] = None,
+    speedup: Annotated[float | None, typer.Option(help="At least so many times as fast as it is.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Most that the outputs' cosine may lose: 0.01.")] = None,
+    recipe_out: Annotated[Path | None, typer.Option(help="File to write the best recipe to.")] = None,
+) -> None:
+    """Try recipes on a Hugging Face model and on this machine, and rank them.
+
+    Exits with 1 where none keeps to the limits.
+    """
+    import tcompress
+
+    model, texts, tokenizer = _loaded(source, model_class, data)
+    limits = {"disk": disk, "memory": memory, "latency": latency, "speedup": speedup, "max_loss": max_loss}
+    target = {name: value for name, value in limits.items() if value is not None}
+    advice = tcompress.advise(model, texts, target=target, tokenizer=tokenizer, max_length=max_length)
+    advice.print(Console())
+    if advice.recipe is not None and recipe_out is not None:
+        recipe_out.write_text(advice.recipe.to_yaml())
+    raise typer.Exit(0 if advice.recipe is not None else 1)
+
+
+def _loaded(source: Path, model_class: str, data: Path | None) -> tuple[Any, list[str] | None, Any]:
+    """A model, and the lines of a file of text with the model's tokenizer."""
+    import transformers
+
+    model = getattr(transformers, model_class).from_pretrained(source)
+    if data is None:
+        return model, None, None
+    texts = [line for line in data.read_text().splitlines() if line.strip()]
+    return model, texts, transformers.AutoTokenizer.from_pretrained(source)

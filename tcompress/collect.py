@@ -1,4 +1,4 @@
-"""Collects what algorithms decide by: which calibration samples can be used, and statistics of layers' inputs."""
+"""Collects what algorithms decide by: statistics of layers' inputs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,9 @@ from typing import Any
 
 import torch
 
-from tcompress.blocks import tensors_in
-from tcompress.errors import message
 from tcompress.layer_job import Job, Key
 from tcompress.statistics import InputStatistics
 from tcompress.weights import linear_weight
-
-
-def usable(samples: list[Any], notes: list[str]) -> list[Any]:
-    """The samples without NaN or infinity, none of whose tensors is empty; the others are noted.
-
-    Raises:
-        ValueError: none is left.
-    """
-    good = []
-    for sample in samples:
-        tensors = list(tensors_in(sample))
-        empty = any(t.numel() == 0 for t in tensors)
-        if not empty and all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
-            good.append(sample)
-    if not good:
-        got = f"{len(samples)} samples that are empty or hold NaN or infinity"
-        raise ValueError(message("compress", "data", got, "at least one without"))
-    if len(good) < len(samples):
-        left_out = len(samples) - len(good)
-        notes.append(f"{left_out} of {len(samples)} calibration samples left out: empty, or with NaN or infinity")
-    return good
 
 
 def layers_by_input(jobs: Sequence[Job], run: Callable[[], None]) -> list[list[Job]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report
 from tcompress.report.size import Sizes, model_sizes
+from tcompress.samples import Samples
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
 
@@ -33,6 +35,9 @@ def compress(
     recipe: str | Path | dict[str, Any] | Recipe = "int8",
     data: Any = None,
     *,
+    tokenizer: Callable[..., Any] | None = None,
+    max_length: int | None = None,
+    resume: str | Path | None = None,
     inplace: bool = False,
     progress: bool = True,
 ) -> CompressResult:
@@ -44,7 +49,12 @@ def compress(
         data: samples, on which each layer's output is compared with its replacement's for the report, and by which
             attention that would lose too much (`Quantize.min_cosine`) stays in floating point. Optional, unless an
             algorithm of the recipe decides by them (gptq, wanda, sparsegpt; `solve` says how). A tensor, a mapping
-            (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several.
+            (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several; text needs `tokenizer`.
+            Samples that are empty or hold NaN or infinity are left out, with a warning (`Samples`).
+        tokenizer: of text in the data, called as those of `transformers` are.
+        max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
+        resume: a folder, made if it is missing, that keeps what was found block by block. The same call with the same
+            folder after a crash goes on after the last block that was finished, with the result that it would have had.
         inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
         progress: show a progress bar on a terminal.
 
@@ -61,12 +71,13 @@ def compress(
         raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
     recipe = Recipe.load(recipe)
     before = model_sizes(model)
+    samples = None if data is None else Samples(data, model, tokenizer, max_length)
     show = progress and get_console().is_terminal
     work: Work | None = None
     if has_transforms(recipe):
-        work, swapped = _transformed(model, recipe, data, inplace, show)
+        work, swapped = _transformed(model, recipe, samples, inplace, show, resume)
     else:
-        swapped = swap_layers(model, recipe, data, inplace, show)
+        swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume)
     layers, notes = swapped.layers, swapped.notes
     first: tuple[Any, torch.Tensor] | None = None
     if work is not None:
@@ -74,6 +85,8 @@ def compress(
     elif swapped.comparison is not None and swapped.comparison.output is not None:
         first = swapped.comparison.batch, swapped.comparison.output
     cosine = None if first is None else _output_cosine(swapped.model, *first, notes)
+    if samples is not None:
+        notes = [*samples.notes, *notes]
     after = model_sizes(swapped.model)
     if swapped.smaller_is_meant:
         notes += _size_notes(before, after)
@@ -91,14 +104,16 @@ def compress(
     return CompressResult(swapped.model, report)
 
 
-def _transformed(model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool) -> tuple[Work, Swapped]:
+def _transformed(
+    model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool, resume: str | Path | None
+) -> tuple[Work, Swapped]:
     """The transforms of a recipe, then its other steps on what they made."""
     work, rest = transform(model, recipe, data, inplace, progress)
     if rest is None:
         return work, Swapped(work.model, [], [], [], None, False)
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
-    return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers)
+    return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers, resume=resume)
 
 
 def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: list[str]) -> float | None:

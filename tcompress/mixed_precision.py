@@ -15,14 +15,14 @@ from torch import nn
 from tcompress import timing
 from tcompress.blocks import forward_replaced
 from tcompress.budget import Candidate, choose_within, choose_within_loss
-from tcompress.calibrate import batches, evaluating, first_tensor, run
-from tcompress.collect import usable
+from tcompress.calibrate import evaluating, first_tensor, run
 from tcompress.errors import message
 from tcompress.match import Match, match
 from tcompress.nn import QuantizedLinear
 from tcompress.quantize import SCHEMES, Scheme
 from tcompress.recipe import Quantize, Recipe
 from tcompress.report.size import model_sizes
+from tcompress.samples import Samples
 from tcompress.solve_layer import integers
 from tcompress.weights import linear_bias, linear_weight
 
@@ -75,6 +75,7 @@ def mixed_precision(
     tokens: int = 128,
     targets: Sequence[str] = ("Linear", "Conv1D"),
     ignore: Sequence[str] = ("lm_head",),
+    tokenizer: Any = None,
 ) -> MixedPrecision:
     """A recipe that spends a budget on the layers that need it.
 
@@ -95,6 +96,7 @@ def mixed_precision(
             a vocabulary (`logits`), else its relative squared error. "layer": the relative squared error of the layer's
             own output, all layers in one pass for each scheme: quicker, and blind to which layers matter more.
         targets, ignore: as in `recipe.Quantize`.
+        tokenizer: as for `compress`.
 
     Returns:
         The recipe with the table it was chosen by.
@@ -111,7 +113,7 @@ def mixed_precision(
     named = {name: None if name == FLOAT else Scheme.named(name) for name in schemes}
     step = Quantize(scheme=next(s for s in [*named.values(), SCHEMES["W8A8"]] if s), targets=targets, ignore=ignore)
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]
-    samples = usable(list(batches(data)), [])
+    samples = list(Samples(data, model, tokenizer))
     table: list[dict[str, Candidate]] = []
     losses = _losses(model, matches, named, samples, measure)
     for m, of_layer in zip(matches, losses, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.progress import track
@@ -12,15 +13,18 @@ from torch import nn
 
 from tcompress.blocks import BlockRunner, find_chains, forward_replaced
 from tcompress.calibrate import batches, evaluating
-from tcompress.collect import collect, layers_by_input, usable
+from tcompress.collect import collect, layers_by_input
 from tcompress.errors import message
 from tcompress.layer_job import Job, Key, Solution, jobs_of, tied_across
 from tcompress.match import Match
 from tcompress.prune_step import Pruned
 from tcompress.recipe import Prune, Quantize, Recipe
+from tcompress.resume import StageStore, fingerprint
 from tcompress.solve_block import Calls, solve_block
 from tcompress.solve_layer import solve_layer, stand_in
+from tcompress.stage_tensors import from_tensors, to_tensors
 from tcompress.statistics import InputStatistics
+from tcompress.weights import linear_weight
 
 
 def steps_with_data(recipe: Recipe) -> list[Prune | Quantize]:
@@ -36,6 +40,7 @@ def solve(
     converted: Mapping[nn.Module, nn.Module],
     data: Any,
     progress: bool = False,
+    resume: str | Path | None = None,
 ) -> tuple[dict[nn.Module, Solution], list[Any], list[str]]:
     """Solves the linear layers of a recipe in the order in which the model runs them.
 
@@ -49,20 +54,20 @@ def solve(
     no blocks, all layers are solved after one pass over the model as it is. Weights are replaced, activations are not
     quantized meanwhile. The model is left as it was.
 
-    Data: samples with NaN or infinity in a float tensor, and empty ones, are left out; if none is left, that is an
-    error. A layer's input tokens with NaN or infinity are left out too (`InputStatistics`). A layer that is never
-    called is pruned by magnitude and rounded to nearest. Each is reported.
+    A layer's input tokens with NaN or infinity are left out (`InputStatistics`). A layer that is never called is pruned
+    by magnitude and rounded to nearest. Both are reported.
 
     Args:
         matches, pruned, converted: as found in the model for the recipe.
-        data: as for `compress`.
+        data: batches, clean (`Samples`).
+        resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
 
     Raises:
-        ValueError: no data where a step needs them, or none that can be used; or what the algorithms raise, with the
-            layer's name.
+        ValueError: no data where a step needs them, or none that can be used; a folder of another run; or what the
+            algorithms raise, with the layer's name.
     """
     steps = steps_with_data(recipe)
     if data is None:
@@ -71,8 +76,9 @@ def solve(
         needs = f"{step.step}: {by} decides by the inputs of layers"
         raise ValueError(message("compress", "data", "none", "calibration samples", needs))
     notes: list[str] = []
-    samples = usable(list(batches(data)), notes)
+    samples = list(batches(data))
     jobs = jobs_of(matches, pruned)
+    store = None if resume is None else StageStore(resume, fingerprint(model, recipe, samples))
     with evaluating(model), ExitStack() as stack:
         for parent in list(model.modules()):
             for name, child in list(parent._modules.items()):
@@ -88,7 +94,7 @@ def solve(
             chains, owner = [], {}
         if not chains and len(jobs) > 1:
             notes.append("no sequence of blocks to go through: all layers were solved on the original model's inputs")
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes)
+        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
@@ -112,9 +118,10 @@ class _Run:
         jobs: Sequence[Job],
         inputs: str,
         notes: list[str],
+        store: StageStore | None,
     ) -> None:
         self.solved: dict[Key, Solution] = {}
-        self._chains, self._inputs, self._notes = chains, inputs, notes
+        self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
         self._runner = BlockRunner(model, chains, samples)
         self._one_sample = BlockRunner(model, chains, samples[:1])
         #: What the original blocks return: what AutoRound's are to return as well, and what propagated weights make up
@@ -127,6 +134,16 @@ class _Run:
         """Solves the layers of one block and gives the next one its inputs."""
         module = self._chains[chain][block]
         original = self._inputs == "original"
+        stage, noted = f"{chain}-{block}", len(self._notes)
+        if self._restored(stage, jobs):
+            self._go_on(chain, block)
+            with ExitStack() as replaced:
+                if not original:
+                    for job in jobs:
+                        self._replace(replaced, job)
+                self._runner.run(chain, block, keep=True)
+            self._forget_copies(jobs)
+            return
         together = [job for job in jobs if job.by_block]
         groups = self._groups(chain, block, jobs)
         for_together: dict[Key, InputStatistics] = {}
@@ -157,6 +174,7 @@ class _Run:
                         self._replace(replaced, job)
             if not (original and together):
                 self._runner.run(chain, block, keep=True)
+        self._keep(stage, jobs, noted)
         self._forget_copies(jobs)
 
     def _go_on(self, chain: int, block: int) -> None:
@@ -166,13 +184,36 @@ class _Run:
 
     def rest(self, jobs: list[Job]) -> None:
         """Solves the layers outside of blocks."""
+        noted = len(self._notes)
+        if self._restored("rest", jobs):
+            self._forget_copies(jobs)
+            return
         for job in jobs:
             if job.by_block:
                 by = "gptq" if job.needs_hessian else "rtn"
                 self._notes.append(f"{job.name} stands in no block, by which autoround learns: {by} instead")
         if jobs:
             self._solve(jobs, self._statistics([[job] for job in jobs], self._runner.run_rest))
+            self._keep("rest", jobs, noted)
             self._forget_copies(jobs)
+
+    def _restored(self, stage: str, jobs: list[Job]) -> bool:
+        """Takes a stage's solutions from an earlier run, if it has been finished there."""
+        found = None if self._store is None else self._store.load(stage)
+        if found is None:
+            return False
+        tensors, info = found
+        device = {job.name: linear_weight(job.module).device for job in jobs}
+        solutions = from_tensors(tensors, info["layers"], device)
+        self.solved |= {job.key: solutions[job.name] for job in jobs if job.name in solutions}
+        self._notes += info["notes"]
+        return True
+
+    def _keep(self, stage: str, jobs: list[Job], noted: int) -> None:
+        if self._store is not None:
+            by_key = {job.key: job.name for job in reversed(jobs)}
+            tensors, layers = to_tensors({name: self.solved[key] for key, name in by_key.items()})
+            self._store.save(stage, tensors, {"layers": layers, "notes": self._notes[noted:]})
 
     def _groups(self, chain: int, block: int, jobs: list[Job]) -> list[list[list[Job]]]:
         """Layers that are solved before the next ones are run; in each of these, those with one input together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +52,18 @@ class Swapped:
 
 
 def swap_layers(
-    model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool = False, required: bool = True
+    model: nn.Module,
+    recipe: Recipe,
+    data: Any,
+    inplace: bool,
+    progress: bool = False,
+    required: bool = True,
+    resume: str | Path | None = None,
 ) -> Swapped:
     """Runs the steps of a recipe that prune, quantize or leave out zeros.
 
     Args:
-        data, inplace: as for `compress`.
+        data, inplace, resume: as for `compress`.
         progress: whether to show progress on the terminal.
         required: raise if there is nothing to do.
 
@@ -72,7 +79,7 @@ def swap_layers(
 
     notes: list[str] = []
     if steps_with_data(recipe):
-        solved, data, notes = solve(model, recipe, matches, pruned, converted, data, progress)
+        solved, data, notes = solve(model, recipe, matches, pruned, converted, data, progress, resume)
         pruned = {module: _pruned_by(solved[module], p) for module, p in pruned.items()}
         matches = [_with_solution(m, solved) for m in matches]
 

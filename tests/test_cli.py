@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizerFast
 from typer.testing import CliRunner
 
 import tcompress
 from tcompress.cli import app
 from tcompress.demo import runner
 from tcompress.demo.tasks import Metric
+from tcompress.errors import CompressionWarning
 from tcompress.timing import Timing
 
 
@@ -54,3 +56,37 @@ def test_compress_and_load(tmp_path):
     model = tcompress.load(tmp_path / "out")
     with torch.inference_mode():
         assert model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape == (1, 3, 32)
+
+
+def bert_folder(folder):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder / "model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (folder / "words.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "words.txt")).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("a b c d e f\n\nh g f\n")
+    return str(folder / "model")
+
+
+def test_compress_calibrates_on_a_text_file(tmp_path):
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text("steps: [{scheme: W4A16-g32, algorithm: gptq}]")
+    arguments = [bert_folder(tmp_path), str(tmp_path / "out"), "--recipe", str(recipe)]
+    with pytest.warns(CompressionWarning, match="1 of 2 calibration samples clipped to 5 tokens"):
+        result = CliRunner().invoke(
+            app, ["compress", *arguments, "--data", str(tmp_path / "text.txt"), "--max-length", "5"]
+        )
+    assert result.exit_code == 0, result.output
+    assert "gptq" in result.output
+
+
+def test_advise(tmp_path):
+    arguments = ["advise", bert_folder(tmp_path), "--recipe-out", str(tmp_path / "best.yaml")]
+    result = CliRunner().invoke(app, [*arguments, "--disk", "1 B"])
+    assert result.exit_code == 1, result.output
+    assert not (tmp_path / "best.yaml").exists()
+    result = CliRunner().invoke(app, [*arguments, "--disk", "1 MB"])
+    assert result.exit_code == 0, result.output
+    assert "take '" in result.output
+    assert tcompress.Recipe.load(tmp_path / "best.yaml").steps

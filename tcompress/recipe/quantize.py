@@ -25,7 +25,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {"range": "minmax"},
     "hqq": {},
     "gptq": {"range": "mse", "sweeps": 1, "propagation": 0.0},
-    "autoround": {"iterations": 200, "start": "gptq"},
+    "autoround": {"iterations": 200, "start": "rtn"},
 }
 
 
@@ -44,7 +44,7 @@ class Quantize(Step):
         propagation: of "gptq": 0 to 1, how far the weight moves before it is rounded, to make up for the difference of
             its inputs to the original model's (`quantize.error_propagation`); 0 by default.
         iterations: of "autoround", 200 by default.
-        start: of "autoround": where it begins, at "gptq" or, as in its paper, at "rtn".
+        start: of "autoround": where it begins, at "rtn" as in its paper, or at "gptq", which is never left for worse.
         bias_correction: the mean error of the outputs on the data goes into the bias, where a layer has one.
         outliers: of LLM.int8: the inputs of a layer whose largest magnitude on the data is more than so many times the
             median over its inputs, 4 for one, are multiplied in floating point (`nn.OutlierLinear`).

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tcompress
+from tcompress.errors import CompressionWarning
+from tcompress.samples import Samples
+
+
+class Model(nn.Module):
+    def __init__(self, positions=None):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+        if positions is not None:
+            self.config = type("Config", (), {"max_position_embeddings": positions})()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.embedding(input_ids))
+
+
+class Tokenizer:
+    """As those of transformers: a letter a token, and a key that `Model` does not take."""
+
+    def __call__(self, text, return_tensors, verbose):
+        assert (return_tensors, verbose) == ("pt", False)
+        ids = torch.tensor([[ord(letter) % 50 for letter in text]], dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def read(data, model=None, **options):
+    samples = Samples(data, model or Model(), **options)
+    return list(samples), samples.notes
+
+
+@pytest.mark.parametrize("data", ["some text", ["some text"], [["some text"]], [("some text",)]])
+def test_text(data):
+    (sample,), notes = read(data, tokenizer=Tokenizer())
+    assert set(sample) == {"input_ids", "attention_mask"}
+    assert sample["input_ids"].shape == (1, 9)
+    assert notes == []
+
+
+def test_a_batch_of_text_is_a_sample_each():
+    found, _ = read([["one", "three"], "five5"], tokenizer=Tokenizer())
+    assert [s["input_ids"].shape[1] for s in found] == [3, 5, 5]
+
+
+def test_empty_text_is_left_out():
+    found, notes = read(["one", "", "two"], tokenizer=Tokenizer())
+    assert len(found) == 2
+    assert notes == ["1 of 3 calibration samples left out: empty, or with NaN or infinity"]
+
+
+def test_text_without_a_tokenizer():
+    with pytest.raises(TypeError, match="compress: data: got text, expected tensors, or text and tokenizer="):
+        read(["text"])
+    with pytest.raises(TypeError, match="compress: tokenizer: got int, expected a callable; "):
+        Samples(["text"], Model(), tokenizer=3)
+
+
+def test_too_long_is_clipped():
+    mask = torch.zeros(2, 1, 9, 9)
+    batch = {"input_ids": torch.arange(18).view(2, 9), "attention_mask": torch.ones(2, 9), "other": mask}
+    (kept, clipped), notes = read([torch.arange(8).view(2, 4), batch], Model(positions=6))
+    assert kept.shape == (2, 4)
+    assert torch.equal(clipped["input_ids"], batch["input_ids"][:, :6])
+    assert clipped["attention_mask"].shape == (2, 6)
+    assert clipped["other"] is mask
+    assert notes == ["1 of 2 calibration samples clipped to 6 tokens"]
+
+
+def test_max_length_goes_before_the_positions():
+    (sample,), _ = read("a long text", Model(positions=6), tokenizer=Tokenizer(), max_length=4)
+    assert sample["input_ids"].shape == (1, 4)
+    with pytest.raises(ValueError, match="compress: max_length: got 0, expected at least 1"):
+        read("text", max_length=0)
+
+
+def test_floats_are_not_clipped():
+    x = torch.randn(2, 9)
+    (sample,), notes = read(x, Model(positions=6))
+    assert sample is x
+    assert notes == []
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite(bad):
+    good, spoiled = torch.ones(2, 3), torch.full((2, 3), bad)
+    found, notes = read([good, spoiled, (good, [spoiled]), {"x": spoiled}])
+    assert len(found) == 1
+    assert notes == ["3 of 4 calibration samples left out: empty, or with NaN or infinity"]
+
+
+def test_a_mask_may_hold_minus_infinity():
+    mask = torch.tensor([[0.0, -torch.inf]])
+    assert len(read({"x": torch.ones(1), "attention_mask": mask})[0]) == 1
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="1 samples that are empty or hold NaN or infinity"):
+            read({"x": torch.ones(1), "attention_mask": mask.clone().fill_(bad)})
+
+
+def test_nothing_to_use():
+    with pytest.raises(ValueError, match="compress: data: got no batches, expected at least one"):
+        read([])
+    with pytest.raises(ValueError, match="compress: data: got 2 samples that are empty or hold NaN or infinity"):
+        read([torch.full((1,), torch.nan), torch.zeros(0, 3)])
+
+
+def test_a_reading_is_counted_anew():
+    samples = Samples([torch.ones(1), torch.zeros(0)], Model())
+    for _ in range(2):
+        list(samples)
+    assert samples.notes == ["1 of 2 calibration samples left out: empty, or with NaN or infinity"]
+
+
+def test_compress_reads_text_and_warns():
+    with pytest.warns(CompressionWarning, match="2 of 3 calibration samples clipped to 5 tokens"):
+        result = tcompress.compress(
+            Model(positions=5),
+            {"steps": [{"step": "quantize", "scheme": "W8A8"}]},
+            ["a text", "text", "some text"],
+            tokenizer=Tokenizer(),
+        )
+    assert result.report.output_cosine > 0.99
