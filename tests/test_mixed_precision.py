@@ -40,14 +40,14 @@ NAMES = {"W4A16-g32", "W8A8", "float"}
 def test_size(measure):
     m = model()
     bits = {}
-    for budget in (4.4, 6, 12):
-        found = mixed_precision(m, samples(), bits_per_weight=budget + 1, measure=measure)
-        assert found.cost <= budget + 1
+    for budget in (5.01, 7, 13):  # biases are half a bit
+        found = mixed_precision(m, samples(), bits_per_weight=budget, measure=measure)
+        assert found.cost <= budget
         bits[budget] = found
         assert [choice.name for choice in found.layers] == ["first", "second", "third", "head"]
         assert all(set(choice.candidates) == NAMES for choice in found.layers)
-    assert {choice.chosen for choice in bits[4.4].layers} == {"W4A16-g32"}
-    losses = [bits[b].loss for b in (4.4, 6, 12)]
+    assert {choice.chosen for choice in bits[5.01].layers} == {"W4A16-g32"}
+    losses = [bits[b].loss for b in (5.01, 7, 13)]
     assert losses[0] > losses[1] > losses[2]
 
 
