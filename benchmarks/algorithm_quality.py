@@ -26,8 +26,8 @@ from rich.table import Table
 import tcompress
 
 
-def quantize(scheme: str, algorithm: str) -> dict[str, Any]:
-    return {"step": "quantize", "scheme": scheme, "algorithm": algorithm}
+def quantize(scheme: str, algorithm: str, **options: Any) -> dict[str, Any]:
+    return {"step": "quantize", "scheme": scheme, "algorithm": algorithm, **options}
 
 
 def prune(pattern: str, algorithm: str) -> dict[str, Any]:
@@ -40,9 +40,30 @@ def before(step: dict[str, Any], scheme: str, algorithm: str) -> list[list[dict[
     return [[step, quantize(scheme, algorithm)]]
 
 
+#: What finds the integers of weights: "gptq range=minmax sweeps=0" is the paper's.
+WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rtn", {}),
+    ("rtn", {"range": "mse"}),
+    ("hqq", {}),
+    ("gptq", {"range": "minmax", "sweeps": 0}),
+    ("gptq", {"sweeps": 0}),
+    ("gptq", {}),
+    ("gptq", {"propagation": 0.5}),
+    ("autoround", {}),
+)
 #: By name, the recipes that are applied one after the other.
 SETTINGS: dict[str, list[list[dict[str, Any]]]] = {
-    **{f"{scheme} {a}": [[quantize(scheme, a)]] for scheme in ("W4A16-g128", "W4A16") for a in ("rtn", "gptq")},
+    **{
+        f"{scheme} {a}{''.join(f' {name}={value}' for name, value in options.items())}": [
+            [quantize(scheme, a, **options)]
+        ]
+        for scheme in ("W4A16-g32", "W4A16-g128", "W4A16")
+        for a, options in WEIGHTS
+    },
+    **{
+        f"W8A8 rtn{f' outliers={outliers}' if outliers else ''}": [[quantize("W8A8", "rtn", outliers=outliers)]]
+        for outliers in (None, 8, 4, 3)
+    },
     **{
         f"{scheme} {step} + {a}": before({"step": step}, scheme, a)
         for scheme in ("W4A16-g128", "W4A16")
@@ -54,7 +75,6 @@ SETTINGS: dict[str, list[list[dict[str, Any]]]] = {
         for scheme in ("W4A16-g128", "W4A16")
         for a in ("rtn", "gptq")
     },
-    "W8A8 rtn": [[quantize("W8A8", "rtn")]],
     "W8A8 smooth + rtn": before({"step": "smooth"}, "W8A8", "rtn"),
     "W8A8 smooth norm + rtn": before({"step": "smooth", "sources": "norm"}, "W8A8", "rtn"),
     "W8A8 smooth auto + rtn": before({"step": "smooth", "alpha": "auto"}, "W8A8", "rtn"),

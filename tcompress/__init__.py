@@ -7,6 +7,7 @@ from tcompress.compress import CompressResult, compress
 from tcompress.formats.checkpoint import load, save
 from tcompress.integrations.transformers_attention import register_when_imported
 from tcompress.kv_cache import KVCache
+from tcompress.mixed_precision import mixed_precision
 from tcompress.ops import (
     int8_attention,
     int8_attention_varlen,
@@ -39,6 +40,7 @@ __all__ = [
     "int8_attention",
     "int8_attention_varlen",
     "load",
+    "mixed_precision",
     "nn",
     "ops",
     "presets",

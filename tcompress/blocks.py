@@ -115,10 +115,12 @@ class BlockRunner:
         #: What the last block that is done returned, by chain and batch.
         self._outputs: list[list[Any]] = [[None] * len(batches) for _ in chains]
 
-    def run(self, chain: int, block: int, keep: bool) -> None:
-        """Calls a block on all batches; if asked, what it returns is kept, and is what the next one gets."""
+    def run(self, chain: int, block: int, keep: bool, only: int | None = None) -> None:
+        """Calls a block on all batches, or on one; if asked, what it returns is kept, and is what the next one gets."""
         wanted = self.chains[chain][block]
         for i, batch in enumerate(self.batches):
+            if only is not None and i != only:
+                continue
             with self._done(chain, block, i), ExitStack() as stack:
                 caught: list[Any] = []
 

@@ -44,12 +44,22 @@ def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def collect(groups: Collection[Collection[Job]], run: Callable[[], None]) -> Mapping[Key, InputStatistics]:
+def collect(
+    groups: Collection[Collection[Job]],
+    run: Callable[[], None],
+    pairs: Sequence[tuple[Callable[[], None], Callable[[], None]]] | None = None,
+) -> Mapping[Key, InputStatistics]:
     """The statistics of all layers that need them. Layers with one weight share theirs, and so do those of a group of
     `layers_by_input`, as long as they go on being given the same tensors; one that is not gets its own in another run.
+
+    Args:
+        run: calls what holds the layers, on all samples.
+        pairs: instead, of each sample a call of the original model and one of the compressed one, for layers that make
+            up for the difference of their inputs.
     """
     statistics: dict[Key, InputStatistics] = {}
     apart: list[Job] = []
+    shares: list[_SharedStatistics] = []
     with ExitStack() as stack:
         for group in groups:
             wanting = [job for job in group if job.needs_statistics]
@@ -57,15 +67,24 @@ def collect(groups: Collection[Collection[Job]], run: Callable[[], None]) -> Map
                 continue
             first = wanting[0]
             shared = _SharedStatistics(first, any(job.needs_hessian for job in wanting))
+            shares.append(shared)
             for job in wanting:
                 statistics[job.key] = shared.statistics
                 hook = shared.add if job.key == first.key else shared.follow(job, apart)
                 stack.callback(job.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        run()
+        for before, after in pairs or ():
+            for one in shares:
+                one.expect()
+            before()
+            for one in shares:
+                one.compare()
+            after()
+        if pairs is None:
+            run()
     if apart:
         keys = {job.key for job in apart}
         alone = [[job for job in apart if job.key == key] for key in keys]
-        statistics |= collect(alone, run)
+        statistics |= collect(alone, run, pairs)
     return statistics
 
 
@@ -76,10 +95,25 @@ class _SharedStatistics:
         weight = linear_weight(job.module)
         self.statistics = InputStatistics(weight.shape[1], hessian, weight.device)
         self._last: torch.Tensor | None = None
+        self._expected: list[torch.Tensor] = []
+        self._mode = "add"
+
+    def expect(self) -> None:
+        """What comes next are the original model's inputs of one sample."""
+        self._expected, self._mode = [], "expect"
+
+    def compare(self) -> None:
+        """What comes next are the compressed model's of the same sample."""
+        self._mode = "compare"
 
     def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._last = args[0] if args else next(iter(kwargs.values()))
-        self.statistics.add(self._last)
+        if self._mode == "expect":
+            self._expected.append(self._last.detach().clone())
+        elif self._mode == "compare" and self._expected:
+            self.statistics.add(self._last, self._expected.pop(0))
+        else:
+            self.statistics.add(self._last)
 
     def follow(self, job: Job, apart: list[Job]) -> Any:
         """A hook that notes a layer which is given something else."""

@@ -84,6 +84,11 @@ class Job:
         return self.needs_hessian or self.pruning == "wanda" or by_inputs
 
     @property
+    def needs_original(self) -> bool:
+        """Whether it decides by what the original model's inputs were too."""
+        return self.quantize is not None and bool(self.quantize.propagation) and self.pruned is None
+
+    @property
     def by_block(self) -> bool:
         """Whether all such layers of a block are solved together, by the block's output."""
         return self.algorithm == "autoround"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -124,19 +124,19 @@ class _Run:
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
         self._runner = BlockRunner(model, chains, samples)
         self._one_sample = BlockRunner(model, chains, samples[:1])
-        #: What the original blocks return, which AutoRound's are to return as well.
+        #: What the original blocks return: what AutoRound's are to return as well, and what propagated weights make up
+        #: for.
         self._original: BlockRunner | None = None
-        if any(job.by_block for job in jobs):
+        if any(job.by_block or job.needs_original for job in jobs):
             self._original = self._runner if inputs == "original" else BlockRunner(model, chains, samples)
 
     def block(self, chain: int, block: int, jobs: list[Job]) -> None:
         """Solves the layers of one block and gives the next one its inputs."""
         module = self._chains[chain][block]
         original = self._inputs == "original"
-        if self._original is not None and not original:
-            self._original.run(chain, block, keep=True)
         stage, noted = f"{chain}-{block}", len(self._notes)
         if self._restored(stage, jobs):
+            self._go_on(chain, block)
             with ExitStack() as replaced:
                 if not original:
                     for job in jobs:
@@ -150,7 +150,9 @@ class _Run:
         with ExitStack() as replaced:
             for parts in groups:
                 run = partial(self._runner.run, chain, block, False)
-                statistics = self._statistics(parts, run)
+                statistics = self._statistics(parts, run, partial(self._pairs, chain, block))
+                if parts is groups[0]:  # until here nothing is replaced in this block
+                    self._go_on(chain, block)
                 for_together |= {job.key: statistics[job.key] for job in together if job.key in statistics}
                 alone = [job for part in parts for job in part if not job.by_block]
                 self._solve(alone, statistics)
@@ -174,6 +176,11 @@ class _Run:
                 self._runner.run(chain, block, keep=True)
         self._keep(stage, jobs, noted)
         self._forget_copies(jobs)
+
+    def _go_on(self, chain: int, block: int) -> None:
+        """Keeps what the original block returns."""
+        if self._original is not None and self._original is not self._runner:
+            self._original.run(chain, block, keep=True)
 
     def rest(self, jobs: list[Job]) -> None:
         """Solves the layers outside of blocks."""
@@ -219,8 +226,24 @@ class _Run:
         self._one_sample.take_outputs(self._runner)
         self._one_sample.run(chain, block, keep=False)
 
-    def _statistics(self, parts: list[list[Job]], run: Any) -> Mapping[Key, InputStatistics]:
-        return collect(parts, run) if any(job.needs_statistics for part in parts for job in part) else {}
+    def _statistics(
+        self, parts: list[list[Job]], run: Callable[[], None], pairs: Callable[[], Any] | None = None
+    ) -> Mapping[Key, InputStatistics]:
+        if not any(job.needs_statistics for part in parts for job in part):
+            return {}
+        paired = self._original is not self._runner and any(job.needs_original for part in parts for job in part)
+        return collect(parts, run, pairs() if pairs is not None and paired else None)
+
+    def _pairs(self, chain: int, block: int) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+        """Of each sample, a call of the block in the original model and one in the compressed model."""
+        assert self._original is not None
+        return [
+            (
+                partial(self._original.run, chain, block, False, i),
+                partial(self._runner.run, chain, block, False, i),
+            )
+            for i in range(len(self._runner.batches))
+        ]
 
     def _replace(self, stack: ExitStack, job: Job) -> None:
         stack.enter_context(forward_replaced(job.module, stand_in(job.module, self.solved[job.key]).forward))

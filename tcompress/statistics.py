@@ -21,6 +21,7 @@ class InputStatistics:
         hessian: float32 [K, K], 2/n Σ x xᵀ: of ‖(W - Ŵ) X‖² / n with regard to a row of Ŵ. None if it was not wanted.
         count: n, how many inputs (tokens) are in the sums.
         left_out: how many were not taken.
+        shift: float32 [K, K], 2/n Σ (x₀ - x) xᵀ with x₀ the original model's inputs, or None where they were not given.
         max_abs: float32 [K], max |x|.
         factors: of the Hessian's inverse, which algorithms leave here for the next layer with the same inputs.
     """
@@ -28,34 +29,49 @@ class InputStatistics:
     def __init__(self, in_features: int, hessian: bool = True, device: torch.device | str | None = None) -> None:
         self.count = self.left_out = 0
         self.hessian = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self.shift: torch.Tensor | None = None
         self.max_abs = torch.zeros(in_features, device=device)
         self.factors: dict[Hashable, tuple[torch.Tensor, ...]] = {}
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._sum_abs = torch.zeros(in_features, device=device)
         self._sum_squares = torch.zeros(in_features, device=device)
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Adds inputs [..., K] of any float type.
 
+        Args:
+            original: what the original model's inputs were in their place, in every call or in none.
+
         Raises:
-            ValueError: another K.
+            ValueError: another K, or another shape of `original`.
         """
         k = self.max_abs.shape[0]
         if x.shape[-1:] != (k,):
             raise ValueError(message("InputStatistics", "x", list(x.shape), f"[..., {k}]"))
         rows = x.detach().reshape(x.shape[:-1].numel(), k).float()
+        before = None if original is None else original.detach().reshape(-1, k).float()
+        if before is not None and before.shape != rows.shape:
+            raise ValueError(message("InputStatistics", "original", list(before.shape), list(rows.shape)))
         squares = rows.square()
-        good = torch.isfinite(squares.sum(1))  # the sum of squares of a row with NaN or infinity is neither
+        finite = rows if before is None else rows + before
+        # A row with NaN or infinity has a sum of squares that is one of them.
+        good = torch.isfinite(squares.sum(1)) & torch.isfinite(finite.sum(1))
         taken = int(good.count_nonzero())
         self.left_out += len(rows) - taken
         if taken == 0:
             return
         if taken < len(rows):
             rows, squares = rows[good], squares[good]
+            before = None if before is None else before[good]
         if self.hessian is not None:
             # A running mean: sums of squares would lose their last digits as they grow.
             total = self.count + taken
             self.hessian.addmm_(rows.t(), rows, beta=self.count / total, alpha=2 / total)
+        if before is not None:
+            total = self.count + taken
+            if self.shift is None:
+                self.shift = torch.zeros(k, k, device=rows.device)
+            self.shift.addmm_((before - rows).t(), rows, beta=self.count / total, alpha=2 / total)
         self.count += taken
         self.factors.clear()
         self._sum += rows.sum(0)

@@ -11,8 +11,9 @@ from tcompress.quantize.grid import Grid, grouped, largest_integer, stored_scale
 
 #: How many of the calls a step's gradient is the sum over, and at how many points on the way all of them are judged.
 _BATCH, _POINTS = 4, 10
-#: Between which multiples of its beginning a symmetric scale stays. An asymmetric range stays within the whole one.
-_SCALE_LIMITS = (0.5, 1.5)
+#: Between which multiples of its beginning each end of the range stays. In the paper it only shrinks, from the whole
+#: range; here it begins with one that was searched.
+_RANGE_LIMITS = (0.5, 1.5)
 
 
 class RoundedWeight:
@@ -65,7 +66,7 @@ class RoundedWeight:
                 parameter.sub_(g.sign(), alpha=rate)
             self.rounding.clamp_(-0.5, 0.5)
             for parameter in self.range:
-                parameter.clamp_(*(_SCALE_LIMITS if self.grid.zero is None else (0.0, 1.0)))
+                parameter.clamp_(*_RANGE_LIMITS)
 
     def keep(self) -> None:
         """Remembers where it is, as the best so far."""

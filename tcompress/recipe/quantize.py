@@ -24,8 +24,8 @@ _DEFAULTS: dict[bool, dict[str, Any]] = {
 _OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {"range": "minmax"},
     "hqq": {},
-    "gptq": {"range": "mse", "sweeps": 1},
-    "autoround": {"iterations": 200, "start": "gptq"},
+    "gptq": {"range": "mse", "sweeps": 1, "propagation": 0.0},
+    "autoround": {"iterations": 200, "start": "rtn"},
 }
 
 
@@ -41,11 +41,13 @@ class Quantize(Step):
         range: of "rtn" and "gptq": "minmax", "percentile" or "mse" (`quantize.range_search`). By default "minmax" for
             "rtn", "mse" for "gptq".
         sweeps: of "gptq": how often integers and scales are refined afterwards (`quantize.refine`), 1 by default.
+        propagation: of "gptq": 0 to 1, how far the weight moves before it is rounded, to make up for the difference of
+            its inputs to the original model's (`quantize.error_propagation`); 0 by default.
         iterations: of "autoround", 200 by default.
-        start: of "autoround": where it begins, at "gptq" or, as in its paper, at "rtn".
+        start: of "autoround": where it begins, at "rtn" as in its paper, or at "gptq", which is never left for worse.
         bias_correction: the mean error of the outputs on the data goes into the bias, where a layer has one.
-        outliers: of LLM.int8: inputs whose magnitude exceeds this on the data (6 in the paper) are multiplied in
-            floating point.
+        outliers: of LLM.int8: the inputs of a layer whose largest magnitude on the data is more than so many times the
+            median over its inputs, 4 for one, are multiplied in floating point (`nn.OutlierLinear`).
         attention: "int8" or "int12", the bits of Q, K and V; "auto" is what the processor runs fastest
             (`ops.quantized_attention`). `torch.nn.MultiheadAttention`, `tcompress.nn.MultiHeadAttention` and the
             attention of `transformers` models are meant; the first one's projections become linear layers of their own
@@ -63,6 +65,7 @@ class Quantize(Step):
     algorithm: Literal["rtn", "hqq", "gptq", "autoround"] | None = None
     range: Literal["minmax", "percentile", "mse"] | None = None
     sweeps: int | None = Field(None, ge=0)
+    propagation: float | None = Field(None, ge=0, le=1)
     iterations: int | None = Field(None, ge=1)
     start: Literal["rtn", "gptq"] | None = None
     bias_correction: bool | None = None
@@ -106,7 +109,7 @@ class Quantize(Step):
     @model_validator(mode="after")
     def _of_algorithm(self) -> Quantize:
         options = _OPTIONS.get(self.algorithm or "", {})
-        for name in ("range", "sweeps", "iterations", "start"):
+        for name in ("range", "sweeps", "propagation", "iterations", "start"):
             if getattr(self, name) is not None and name not in options:
                 named = self.algorithm or "attention"
                 raise ValueError(f"got {name} with {named}, expected only {sorted(options) or 'no options'} with it")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
 
 from tcompress.errors import message
 from tcompress.recipe.awq import AWQ
@@ -86,6 +86,14 @@ class Recipe(BaseModel):
         if not value:
             raise ValueError(message("Recipe", "steps", "none", "at least one"))
         return value
+
+    @model_validator(mode="after")
+    def _inputs_of_both(self) -> Recipe:
+        moved = any(isinstance(step, Quantize) and step.propagation for step in self.steps)
+        if moved and self.inputs != "compressed":
+            hint = "propagation compares these with the original ones"
+            raise ValueError(message("Recipe", "inputs", repr(self.inputs), "'compressed'", hint))
+        return self
 
     @classmethod
     def load(cls, recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
