@@ -3,6 +3,7 @@
 from tcompress import cuda_backend, nn, ops, triton_backend  # noqa: F401  backends: their kernels are registered
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
+from tcompress.distill_step import DistillResult, distill
 from tcompress.formats.checkpoint import load, save
 from tcompress.integrations.transformers_attention import register_when_imported
 from tcompress.kv_cache import KVCache
@@ -13,7 +14,7 @@ from tcompress.ops import (
     quantized_attention_varlen,
 )
 from tcompress.quantize import QuantArgs, Scheme
-from tcompress.recipe import Prune, Quantize, Recipe, Sparse, presets
+from tcompress.recipe import Distill, Prune, Quantize, Recipe, Sparse, presets
 from tcompress.report.report import Report
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ register_when_imported()
 
 __all__ = [
     "CompressResult",
+    "Distill",
+    "DistillResult",
     "KVCache",
     "Prune",
     "QuantArgs",
@@ -31,6 +34,7 @@ __all__ = [
     "Scheme",
     "Sparse",
     "compress",
+    "distill",
     "explain",
     "int8_attention",
     "int8_attention_varlen",

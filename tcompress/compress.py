@@ -11,7 +11,7 @@ import torch
 from rich import get_console
 from torch import nn
 
-from tcompress import calibrate
+from tcompress import calibrate, distill_step  # noqa: F401  transforms: their functions are registered
 from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report

@@ -1,9 +1,10 @@
 """What to do to a model: an ordered list of steps, one kind of step a file."""
 
+from tcompress.recipe.distill import Distill
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import MIN_COSINE, Quantize
 from tcompress.recipe.recipe import STEPS, VERSION, Recipe, presets
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step, Transform
 
-__all__ = ["MIN_COSINE", "STEPS", "VERSION", "Prune", "Quantize", "Recipe", "Sparse", "Step", "Transform", "presets"]
+__all__ = ["MIN_COSINE", "STEPS", "VERSION", "Distill", "Prune", "Quantize", "Recipe", "Sparse", "Step", "Transform", "presets"]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator
 
 from tcompress.errors import message
+from tcompress.recipe.distill import Distill
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
 from tcompress.recipe.sparse import Sparse
@@ -19,7 +20,7 @@ from tcompress.recipe.step import Step
 #: The recipe's format; raised when an old file would be read differently.
 VERSION = 1
 #: The kinds of steps, in the order of the documentation.
-STEPS: tuple[type[Step], ...] = (Quantize, Sparse, Prune)
+STEPS: tuple[type[Step], ...] = (Quantize, Sparse, Prune, Distill)
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
 
@@ -33,7 +34,10 @@ def _kind(step: Any) -> str | None:
 
 #: Any step of a recipe. The type checker is told a union; a new kind stands here and in `STEPS`.
 AnyStep = Annotated[
-    Annotated[Quantize, Tag("quantize")] | Annotated[Sparse, Tag("sparse")] | Annotated[Prune, Tag("prune")],
+    Annotated[Quantize, Tag("quantize")]
+    | Annotated[Sparse, Tag("sparse")]
+    | Annotated[Prune, Tag("prune")]
+    | Annotated[Distill, Tag("distill")],
     Discriminator(_kind),
 ]
 
