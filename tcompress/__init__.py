@@ -3,6 +3,7 @@
 from tcompress import cuda_backend, nn, ops, triton_backend  # noqa: F401  backends: their kernels are registered
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
+from tcompress.distill.student import narrower, student_of
 from tcompress.distill_step import DistillResult, distill
 from tcompress.formats.checkpoint import load, save
 from tcompress.integrations.transformers_attention import register_when_imported
@@ -39,12 +40,14 @@ __all__ = [
     "int8_attention",
     "int8_attention_varlen",
     "load",
+    "narrower",
     "nn",
     "ops",
     "presets",
     "quantized_attention",
     "quantized_attention_varlen",
     "save",
+    "student_of",
     "use_backend",
     "use_cpu_path",
 ]

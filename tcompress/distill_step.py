@@ -158,9 +158,11 @@ def _run(work: Work, step: Distill) -> None:
     """The step of a recipe: the original is the teacher."""
     samples = work.data(step, "it trains on them")
     result = _distill(work.model, work.original, samples, step, work.recipe, None, work.progress)
-    first, last = (result.history.losses[i]["total"] for i in (0, -1))
+    totals = [losses["total"] for losses in result.history.losses]
+    some = max(len(totals) // 10, 1)  # the batches differ
+    first, last = sum(totals[:some]) / some, sum(totals[-some:]) / some
     work.notes += result.notes
-    if last > first:
+    if last > first and step.prune is None:  # pruning in the training starts without a loss
         work.notes.append(f"distill: the loss rose from {first:.4g} to {last:.4g}: lower lr, or train for longer")
     nbytes = model_sizes(work.model).disk
     reason = f"{step.steps} steps, loss {first:.4g} -> {last:.4g}"

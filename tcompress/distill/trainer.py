@@ -148,7 +148,7 @@ class _Run:
             losses = self.module(send_to_device(batch, self.engine.device))
             total = torch.stack(list(losses.values())).sum() / len(batches)
             if not torch.isfinite(total):
-                got = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+                got = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
                 hint = "look at the data, lower lr, or warm up for longer"
                 raise ValueError(message("distill", "loss", f"{got} at step {step + 1}", "a finite one", hint))
             self.engine.backward(total)

@@ -126,7 +126,10 @@ class Recipe(BaseModel):
 
 def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in the form `argument: got X, expected Y`."""
-    place = ".".join(str(part) for part in error["loc"] if part not in _KINDS)
+    # The third part, ("steps", 0, "prune", …), is the kind of step; "prune" further on is a field.
+    place = ".".join(str(part) for i, part in enumerate(error["loc"]) if i != 2 or part not in _KINDS)
+    if error["type"] == "union_tag_invalid" and len(error["loc"]) > 2:
+        return f"{place}: got {error['ctx']['tag']!r}, expected one of {error['ctx']['expected_tags']}"
     if error["type"] == "union_tag_invalid":
         return f"{place}.step: got {error['input']['step']!r}, expected {_ANY_KIND}"
     if error["type"] == "union_tag_not_found":
