@@ -70,9 +70,9 @@ def distill(
 
         result = tcompress.distill(student, teacher, loader, losses=["hidden", "cosine"], steps=500, lr=1e-4)
 
-    The student may be a smaller model (`tcompress.student_of`), or a pruned or otherwise changed copy of the teacher, which
-    so is healed. Vocabularies, shapes, blocks and heads are compared before training starts. Training runs on the device
-    where the student lies; under `accelerate launch` the processes share the batches.
+    The student may be a smaller model (`tcompress.student_of`), or a pruned or otherwise changed copy of the teacher,
+    which so is healed. Vocabularies, shapes, blocks and heads are compared before training starts. Training runs on the
+    device where the student lies; under `accelerate launch` the processes share the batches.
 
     Args:
         student, teacher: modules that are called alike; the student in float32.
@@ -230,9 +230,7 @@ def _pruning(student: nn.Module, config: TrainingPrune, steps: int) -> tuple[Con
 
 
 @contextmanager
-def _training(
-    student: nn.Module, teacher: nn.Module, parameters: list[nn.Parameter], dropout: bool
-) -> Iterator[None]:
+def _training(student: nn.Module, teacher: nn.Module, parameters: list[nn.Parameter], dropout: bool) -> Iterator[None]:
     """The modes of a training, undone afterwards. torch's fused Transformer path would call no layers."""
     modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
     wanted = {id(p) for p in parameters}

@@ -14,8 +14,8 @@ from tcompress.recipe.training_prune import TrainingPrune
 
 
 class AdmmPruning(Masks):
-    """Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction Method of Multipliers", arXiv
-    1804.03294, section 3.
+    """Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction Method of Multipliers",
+    arXiv 1804.03294, section 3.
 
     ::
 

@@ -15,9 +15,9 @@ class Batches:
     """Goes through data again and again.
 
     Args:
-        data: what `calibrate.batches` takes. A list, or what can be gone through but once, is held and shuffled for each
-            round; a DataLoader or another iterable is gone through each time in its own order, torch's random numbers
-            and the loader's own generator being seeded for the round.
+        data: what `calibrate.batches` takes. A list, or what can be gone through but once, is held and shuffled for
+            each round; a DataLoader or another iterable is gone through each time in its own order, torch's random
+            numbers and the loader's own generator being seeded for the round.
         seed: of the order.
         process, processes: which of several that share the batches this is.
 
@@ -57,7 +57,7 @@ class Batches:
             round_ += 1
 
     def _round(self, round_: int) -> Iterator[Any]:
-        """A loader draws its order when it is begun; what is drawn while it runs comes from the training's own state."""
+        """A loader draws its order when it is begun; what it draws later comes from the training's own state."""
         own = getattr(self._data, "generator", None)
         if isinstance(own, torch.Generator):
             own.manual_seed(self._generator(round_).initial_seed())

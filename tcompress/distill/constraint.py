@@ -61,8 +61,8 @@ class Constraint(nn.Module):
 
 
 class Masks(Constraint):
-    """Weights that are zero where a mask is False, at each step exactly: they get no gradient, and whatever the optimizer
-    makes of them is set to zero again."""
+    """Weights that are zero where a mask is False, at each step exactly: they get no gradient, and whatever the
+    optimizer makes of them is set to zero again."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__(layers)

@@ -50,8 +50,10 @@ class Distiller(nn.Module):
         hidden = any(term.needs_hidden for term in self._terms)
         with evaluating(student), evaluating(teacher):
             plain = without_labels(batch)
-            self._chains = [find_chains(model, plain) if hidden else [] for model in (student, teacher)]
-            own, its = (see(m, batch, c, self._attention) for m, c in zip((student, teacher), self._chains, strict=True))
+            self._chains = _chains(student, teacher, plain) if hidden else [[], []]
+            own, its = (
+                see(m, batch, c, self._attention) for m, c in zip((student, teacher), self._chains, strict=True)
+            )
             for whose, seen in (("student", own), ("teacher", its)):
                 if not torch.isfinite(seen.output).all():
                     raise ValueError(message("distill", f"the {whose}'s output", "NaN or infinity", "finite"))
@@ -69,7 +71,7 @@ class Distiller(nn.Module):
         losses = {}
         for term in self._terms:
             name = term.settings.loss
-            learned = self.learned[name] if name in self.learned else None
+            learned = self.learned[name] if name in self.learned else None  # noqa: SIM401  a ModuleDict has no get
             losses[name] = term.settings.weight * term(own, its, batch, learned)
         for constraint in self.constraints:
             assert isinstance(constraint, Constraint)
@@ -81,6 +83,20 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _taught(self, batch: Any) -> Seen:
         return see(self._teacher[0], batch, self._chains[1], self._attention)
+
+
+def _chains(student: nn.Module, teacher: nn.Module, batch: Any) -> list[list[list[nn.Module]]]:
+    """The sequences of blocks of both. The student's are those that are called as the teacher's are, where it has such:
+    of one with few blocks, what lies inside of a block could be a longer sequence."""
+    its = find_chains(teacher, batch)
+    lists = {m[0]: name for name, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    own = []
+    for chain in its:
+        found = dict(student.named_modules()).get(lists[chain[0]])
+        if not isinstance(found, nn.ModuleList) or not len(found):
+            return [find_chains(student, batch), its]
+        own.append(list(found))
+    return [own, its]
 
 
 def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:

@@ -36,8 +36,8 @@ def fake_quantize_input(x: torch.Tensor, args: QuantArgs) -> torch.Tensor:
 def simulated(model: nn.Module, recipe: Recipe) -> tuple[dict[nn.Module, Effective], list[str]]:
     """How the layers compute that a recipe's steps quantize, and what there is to report.
 
-    `Quantize` and `Sparse` steps with a scheme are simulated, wherever they stand in the recipe, each in the layers that
-    it would replace. Attention stays in floating point.
+    `Quantize` and `Sparse` steps with a scheme are simulated, wherever they stand in the recipe, each in the layers
+    that it would replace. Attention stays in floating point.
     """
     steps = tuple(s for s in recipe.steps if isinstance(s, Quantize | Sparse) and s.scheme is not None)
     if not steps:

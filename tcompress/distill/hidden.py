@@ -43,7 +43,10 @@ class HiddenTerm(Term[HiddenLoss]):
     def check(self, student: Seen, teacher: Seen) -> None:
         for own, its in layer_pairs(student.hidden, teacher.hidden, "distill: hidden"):
             if own.shape[:-1] != its.shape[:-1]:
-                got, expected = f"{list(own.shape)} in the student", f"the teacher's {list(its.shape)} but for the width"
+                got, expected = (
+                    f"{list(own.shape)} in the student",
+                    f"the teacher's {list(its.shape)} but for the width",
+                )
                 raise ValueError(message("distill: hidden", "block output", got, expected))
 
     def learned(self, student: Seen, teacher: Seen) -> nn.Module | None:

@@ -16,8 +16,8 @@ from tcompress.recipe.losses import LogitsLoss
 def soft_cross_entropy(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """T² · KL(softmax(t/T) ‖ softmax(s/T)), the mean over all rows; Hinton et al., "Distilling the Knowledge in a Neural
-    Network", arXiv 1503.02531, section 2: the factor T² makes up for the gradient's 1/T². (The paper has the
+    """T² · KL(softmax(t/T) ‖ softmax(s/T)), the mean over all rows; Hinton et al., "Distilling the Knowledge in a
+    Neural Network", arXiv 1503.02531, section 2: the factor T² makes up for the gradient's 1/T². (The paper has the
     cross-entropy, which differs by the teacher's entropy, a constant.)
 
     Args:

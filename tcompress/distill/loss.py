@@ -12,7 +12,6 @@ from tcompress.distill.seen import Seen
 from tcompress.errors import message
 from tcompress.recipe.losses import Loss
 
-
 S = TypeVar("S", bound=Loss)
 
 
@@ -70,9 +69,7 @@ def same_output(student: Seen, teacher: Seen, what: str, axis: str) -> None:
 T = TypeVar("T")
 
 
-def layer_pairs(
-    student: Sequence[Sequence[T]], teacher: Sequence[Sequence[T]], where: str
-) -> Iterator[tuple[T, T]]:
+def layer_pairs(student: Sequence[Sequence[T]], teacher: Sequence[Sequence[T]], where: str) -> Iterator[tuple[T, T]]:
     """Each block of the student with the teacher's that it learns from: of M and N blocks, block m (from 1) with block
     m·N/M, rounded down; the uniform map of Jiao et al., "TinyBERT", arXiv 1909.10351, section 4.1.
 
@@ -86,6 +83,8 @@ def layer_pairs(
         raise ValueError(message(where, "blocks", got, "as many, and at least one", hint))
     for own, its in zip(student, teacher, strict=True):
         if len(own) > len(its):
-            raise ValueError(message(where, "blocks", f"{len(own)} of the student", f"at most the teacher's {len(its)}"))
+            raise ValueError(
+                message(where, "blocks", f"{len(own)} of the student", f"at most the teacher's {len(its)}")
+            )
         for m, block in enumerate(own, 1):
             yield block, its[m * len(its) // len(own) - 1]

@@ -78,7 +78,9 @@ class RelationsTerm(Term[RelationsLoss]):
             raise ValueError(message(where, "blocks", got, "at least one"))
         n = len(teacher.attention[-1])
         if not -n <= self.settings.teacher_layer < n:
-            raise ValueError(message(where, "teacher_layer", self.settings.teacher_layer, f"one of the teacher's {n} blocks"))
+            raise ValueError(
+                message(where, "teacher_layer", self.settings.teacher_layer, f"one of the teacher's {n} blocks")
+            )
         own, its = self._calls(student, teacher)
         check_calls(own, its, where)
         heads = self.settings.heads or its[0].query.shape[1]

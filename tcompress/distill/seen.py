@@ -72,15 +72,15 @@ def see(model: nn.Module, batch: Any, chains: Sequence[Sequence[nn.Module]], att
         ValueError: the model gives no float tensor.
     """
     hidden: list[list[torch.Tensor]] = [[] for _ in chains]
-    calls: list[list[list[AttentionCall]]] = [[[] for _ in chain] for chain in chains]
+    calls: list[list[list[AttentionCall]]] = [[] for _ in chains]
     with ExitStack() as stack:
         watch = _AttentionWatch()
         for c, chain in enumerate(chains):
-            for b, block in enumerate(chain):
+            for block in dict.fromkeys(chain):  # a block that stands at several places is called at each
                 stack.callback(block.register_forward_hook(_keep_first(hidden[c])).remove)
                 if attention:
-                    stack.callback(block.register_forward_pre_hook(watch.into(calls[c][b])).remove)
-                    stack.callback(block.register_forward_hook(watch.into(None)).remove)
+                    stack.callback(block.register_forward_pre_hook(watch.begin(calls[c])).remove)
+                    stack.callback(block.register_forward_hook(watch.end).remove)
         if attention:
             stack.enter_context(watch)
         result = run(model, without_labels(batch))
@@ -122,13 +122,18 @@ class _AttentionWatch(TorchFunctionMode):
         super().__init__()
         self._calls: list[AttentionCall] | None = None
 
-    def into(self, calls: list[AttentionCall] | None) -> Any:
-        """A hook from which on calls are added to this list."""
+    def begin(self, blocks: list[list[AttentionCall]]) -> Any:
+        """A hook from which on calls are added to a new entry of this list."""
 
         def hook(*_: Any) -> None:
-            self._calls = calls
+            self._calls = []
+            blocks.append(self._calls)
 
         return hook
+
+    def end(self, *_: Any) -> None:
+        """A hook after which calls are not added."""
+        self._calls = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and self._calls is not None:

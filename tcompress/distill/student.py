@@ -28,11 +28,12 @@ _COUNTS = (
 def student_of(
     teacher: nn.Module, batch: Any, *, every: int | None = None, layers: Sequence[int] | None = None
 ) -> nn.Module:
-    """A copy of a model with some of its blocks, which start with the teacher's weights; Sanh et al., "DistilBERT", arXiv
-    1910.01108, section 3: "taking one layer out of two".
+    """A copy of a model with some of its blocks, which start with the teacher's weights; Sanh et al., "DistilBERT",
+    arXiv 1910.01108, section 3: "taking one layer out of two".
 
-    The blocks are found by running the model (`blocks.find_chains`), in an encoder and a decoder alike. The configuration
-    of a `transformers` model says so afterwards, so that the student can be saved and loaded by its own class.
+    The blocks are found by running the model (`blocks.find_chains`), in an encoder and a decoder alike. The
+    configuration of a `transformers` model says so afterwards, so that the student can be saved and loaded by its own
+    class.
 
     Args:
         teacher: stays as it is.

@@ -72,14 +72,14 @@ def train(
         parameters: which are trained, of the module; those of the constraints come along, with their own rate.
         constraints: what holds for the weights; children of the module.
         evaluate: called before the first step, each `eval_every` steps and after the last one.
-        checkpoint: a folder for checkpoints, each written whole or not at all; only the last is kept. One that a run with
-            the same settings left there is taken up.
+        checkpoint: a folder for checkpoints, each written whole or not at all; only the last is kept. One that a run
+            with the same settings left there is taken up.
         fingerprint: further settings by which a checkpoint is known to be of this run.
         progress: whether to show progress on the terminal.
 
     Raises:
-        ImportError: accelerate is not installed. ValueError: no parameters, a loss that is not finite, or a checkpoint of
-            another run.
+        ImportError: accelerate is not installed. ValueError: no parameters, a loss that is not finite, or a checkpoint
+            of another run.
     """
     if not parameters:
         raise ValueError(message("distill", "targets", "no parameters to train", "at least one"))
@@ -87,7 +87,9 @@ def train(
     run = _Run(module, engine, options, list(parameters), list(constraints))
     source = Batches(data, options.seed, engine.process_index, engine.num_processes)
     folder = None if checkpoint is None else Path(checkpoint)
-    settings = json.loads(json.dumps({"training": options.model_dump(exclude={"eval_every", "save_every"}), **(fingerprint or {})}))
+    settings = json.loads(
+        json.dumps({"training": options.model_dump(exclude={"eval_every", "save_every"}), **(fingerprint or {})})
+    )
     history = History()
     with _own_random_numbers(options.seed):
         start = 0 if folder is None else _resume(engine, folder, settings, history)

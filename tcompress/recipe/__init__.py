@@ -7,4 +7,16 @@ from tcompress.recipe.recipe import STEPS, VERSION, Recipe, presets
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step, Transform
 
-__all__ = ["MIN_COSINE", "STEPS", "VERSION", "Distill", "Prune", "Quantize", "Recipe", "Sparse", "Step", "Transform", "presets"]
+__all__ = [
+    "MIN_COSINE",
+    "STEPS",
+    "VERSION",
+    "Distill",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Sparse",
+    "Step",
+    "Transform",
+    "presets",
+]

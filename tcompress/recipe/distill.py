@@ -13,8 +13,8 @@ from tcompress.recipe.training_prune import TrainingPrune
 
 
 class Distill(Transform, Training):
-    """Trains the model, as the transforms and the `Prune` steps before it made it, to give what the original model gives
-    on the data (`tcompress.distill`): its own outputs heal it. Needs data, and `pip install tcompress[train]`.
+    """Trains the model, as the transforms and the `Prune` steps before it made it, to give what the original model
+    gives on the data (`tcompress.distill`): its own outputs heal it. Needs data, and `pip install tcompress[train]`.
 
     Attributes:
         losses: the terms of what is minimised, by name or with their settings (`recipe.losses`): "logits",

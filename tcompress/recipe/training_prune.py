@@ -13,8 +13,8 @@ class TrainingPrune(BaseModel):
     """Which weights go in the course of a training, and how they are found; frozen.
 
     Attributes:
-        method: "magnitude", the smallest, more and more of them (`distill.gradual`); "movement", those that training moves
-            towards zero (`distill.movement`); "admm", those that a penalty has drawn to zero before (`distill.admm`).
+        method: "magnitude": the smallest, more and more of them (`distill.gradual`); "movement": those that training
+            moves towards zero (`distill.movement`); "admm": those that a penalty has drawn to zero (`distill.admm`).
         pattern, sparsity: as in `recipe.Prune`. The sparsity is that at the end.
         begin, end: the part of the steps at which pruning begins and ends; after it the zeros stay where they are.
         every: steps between two changes of a mask, or two updates of the multipliers of ADMM.

@@ -1,4 +1,4 @@
-"""Masks that hold, and the three ways of pruning in a training, each against its paper's formulas written down plainly."""
+"""Masks that hold, and three ways of pruning in a training, each against its paper's formulas written down plainly."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,9 @@ def test_n_m_by_scores_of_any_sign(columns):
             for i in range(0, columns, 4):
                 group = row[i : i + 4]
                 best = -(-n * len(group) // 4)
-                assert set(group.argsort(descending=True)[:best].tolist()) == set(mask[i : i + 4].nonzero()[:, 0].tolist())
+                assert set(group.argsort(descending=True)[:best].tolist()) == set(
+                    mask[i : i + 4].nonzero()[:, 0].tolist()
+                )
 
 
 def test_gradual_pruning_follows_the_schedule():

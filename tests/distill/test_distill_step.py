@@ -191,13 +191,21 @@ def test_settings_that_are_wrong(content, match):
 @pytest.mark.parametrize(
     ("student", "losses", "match"),
     [
-        ({"classes": 5}, ["logits"], r"logits: got 5 \(vocabulary or classes\) in the student, expected the teacher's 7"),
+        (
+            {"classes": 5},
+            ["logits"],
+            r"logits: got 5 \(vocabulary or classes\) in the student, expected the teacher's 7",
+        ),
         ({"classes": 5}, ["cosine"], r"cosine: got 5 \(features\) in the student, expected the teacher's 7"),
         ({"vocabulary": 21}, ["hidden"], "vocabulary: got 21 tokens in the student, expected the teacher's 20"),
         ({"blocks": 6}, ["hidden"], "blocks: got 6 of the student, expected at most the teacher's 4"),
         ({"heads": 4}, ["attention"], r"heads: got Q \[4, 4, 6, 4\] in the student, expected .*\[4, 2, 6, 8\]"),
         ({}, [{"loss": "relations", "heads": 3}], "heads: got a student of width 16, expected one that 3"),
-        ({}, [{"loss": "relations", "teacher_layer": 4}], "teacher_layer: got 4, expected one of the teacher's 4 blocks"),
+        (
+            {},
+            [{"loss": "relations", "teacher_layer": 4}],
+            "teacher_layer: got 4, expected one of the teacher's 4 blocks",
+        ),
         ({}, ["labels"], "labels: got a batch"),
     ],
 )

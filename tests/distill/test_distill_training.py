@@ -48,7 +48,7 @@ def test_a_student_learns():
 
 
 def test_one_step_by_hand():
-    """AdamW's first step moves each weight by lr · sign of the gradient, decay aside; the gradient is clipped before."""
+    """AdamW's first step moves each weight by lr · sign of the gradient, decay aside."""
     teacher, student = Toy(seed=0), Toy(seed=1)
     data = batches(1)
     model = copy.deepcopy(student).eval()
@@ -250,7 +250,9 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     distilled(steps=2, checkpoint=str(tmp_path))
-    with pytest.raises(ValueError, match="distill: checkpoint: got .* other settings.*they differ in distill, training"):
+    with pytest.raises(
+        ValueError, match="distill: checkpoint: got .* other settings.*they differ in distill, training"
+    ):
         distilled(steps=3, checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="they differ in student"):
         distilled(start=9, steps=2, checkpoint=str(tmp_path))

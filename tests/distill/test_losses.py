@@ -141,7 +141,9 @@ def test_labels():
         return -math.log(softmax(logits[b, t].tolist())[label])
 
     plain = [nll(0, 0, 0), nll(0, 2, 3), nll(1, 0, 1), nll(1, 1, 2)]
-    assert float(LabelsTerm(LabelsLoss())(seen, seen, {"labels": labels}, None)) == pytest.approx(np.mean(plain), rel=1e-5)
+    assert float(LabelsTerm(LabelsLoss())(seen, seen, {"labels": labels}, None)) == pytest.approx(
+        np.mean(plain), rel=1e-5
+    )
     shifted = [nll(0, 1, 3), nll(1, 0, 2)]
     term = LabelsTerm(LabelsLoss(causal=True))
     assert float(term(seen, seen, {"labels": labels}, None)) == pytest.approx(np.mean(shifted), rel=1e-5)
