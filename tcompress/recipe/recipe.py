@@ -44,7 +44,8 @@ AnyStep = Annotated[
 
 class Recipe(BaseModel):
     """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
-    keeps it.
+    keeps it. Steps that make another model in floating point (`step.Transform`) are run before all these, in order;
+    a `Distill` step comes after the `Prune` steps that stand before it, and trains what they left.
 
     Attributes:
         version: of the format.
