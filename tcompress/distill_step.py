@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tcompress.distill.fake_quantize import simulated
 from tcompress.distill.gradual import GradualPruning
 from tcompress.distill.movement import MovementPruning
 from tcompress.distill.trainer import History, train
-from tcompress.errors import message
+from tcompress.errors import CompressionWarning, message
 from tcompress.match import COMPRESSED, any_matches, module_names, output_embeddings
 from tcompress.prune_step import prune_masks
 from tcompress.recipe import Distill, Prune, Recipe
@@ -96,8 +97,14 @@ def distill(
         raise TypeError(message("distill", "settings", got, "a step or keywords"))
     content = settings if step is None else step
     config = content if isinstance(content, Distill) else _loaded(content)
+    if student is teacher:
+        hint = "copy.deepcopy(teacher) is a student that can be changed"
+        raise ValueError(message("distill", "student", "the teacher itself", "another model", hint))
     whole = Recipe.load(dict(recipe) if isinstance(recipe, Mapping) else recipe) if recipe is not None else None
-    return _distill(student, teacher, data, config, whole, evaluate, progress and get_console().is_terminal)
+    result = _distill(student, teacher, data, config, whole, evaluate, progress and get_console().is_terminal)
+    for note in result.notes:
+        warnings.warn(f"distill: {note}", CompressionWarning, stacklevel=2)
+    return result
 
 
 def _distill(
@@ -271,5 +278,5 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -53,9 +53,6 @@ class Constraint(nn.Module):
     def after_step(self, step: int) -> None:
         """After the weights were changed."""
 
-    def finish(self) -> None:
-        """After the last step."""
-
     def extra_repr(self) -> str:
         return f"{len(self._layers)} layers"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tcompress.distill.constraint import Masks
 from tcompress.distill.effective import TensorMap
-from tcompress.distill.prune_schedule import cubic, keep_largest, prunes_now, spread
+from tcompress.distill.prune_schedule import cubic, keep_largest, span, spread
 from tcompress.packing.sparse_blocks import block_grid
 from tcompress.packing.sparse_pattern import Pattern
 from tcompress.recipe.training_prune import TrainingPrune
@@ -83,11 +83,10 @@ class MovementPruning(Masks):
         return result
 
     def before_step(self, step: int) -> None:
-        first, last = round(self.config.begin * self.steps), max(round(self.config.end * self.steps) - 1, 0)
-        if step < min(first, last) or bool(self.fixed):
+        first, last = span(self.config, self.steps)
+        if step < first or bool(self.fixed):
             return
-        done = prunes_now(self.config, step, self.steps)
-        part = cubic((step - first) / max(last - first, 1)) if done is None else cubic(done)
+        part = 1.0 if step >= last else cubic((step - first) / (last - first))
         for name in self._layers:
             kept = keep_largest(self.scores(name).detach(), self._pattern, self.config.sparsity, part)
             self.mask(name).copy_(spread(kept, self._pattern, self.weight(name).shape))

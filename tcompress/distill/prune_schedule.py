@@ -42,10 +42,15 @@ def spread(blocks: torch.Tensor, pattern: Pattern, shape: torch.Size) -> torch.T
     return by_element(blocks, shape, pattern.size) if pattern.kind == "blocks" else blocks
 
 
+def span(config: TrainingPrune, steps: int) -> tuple[int, int]:
+    """t₀ and t₁: the first step with pruning and the last one that changes a mask."""
+    last = max(round(config.end * steps) - 1, 0)
+    return min(round(config.begin * steps), last), last
+
+
 def prunes_now(config: TrainingPrune, step: int, steps: int) -> float | None:
     """How much of the pruning is done at this step, 0 … 1, where a mask is due to change; else None."""
-    first, last = round(config.begin * steps), max(round(config.end * steps) - 1, 0)
-    first = min(first, last)
+    first, last = span(config, steps)
     if step == last:
         return 1.0
     due = first <= step < last and (step - first) % config.every == 0

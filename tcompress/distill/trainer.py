@@ -102,8 +102,6 @@ def train(
                 history.losses.append(losses)
                 show(step + 1, losses["total"])
                 last = step + 1 == options.steps
-                if last:
-                    run.finish()
                 if evaluate is not None and (last or (step + 1) % options.eval_every == 0):
                     history.metrics.append((step + 1, _named(evaluate())))
                 if folder is not None and (last or (step + 1) % options.save_every == 0):
@@ -165,10 +163,6 @@ class _Run:
         for constraint in self.constraints:
             constraint.after_step(step)
         return seen
-
-    def finish(self) -> None:
-        for constraint in self.constraints:
-            constraint.finish()
 
 
 _STATE = "training.json"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tcompress.recipe.losses import AnyLoss
 from tcompress.recipe.step import Transform
@@ -37,6 +38,11 @@ class Distill(Transform, Training):
     keep_zeros: bool = True
     quantization_aware: bool = True
     checkpoint: str | None = None
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
 
     @model_validator(mode="after")
     def _each_once(self) -> Distill:
