@@ -224,6 +224,9 @@ def test_students_that_cannot_be_trained():
         tcompress.distill(packed, Toy(), batches())
     with pytest.raises(ValueError, match="distill: student: got parameters in torch.bfloat16, expected float32"):
         tcompress.distill(Toy().bfloat16(), Toy(), batches())
+    model = Toy()
+    with pytest.raises(ValueError, match="distill: student: got the teacher itself, expected another model"):
+        tcompress.distill(model, model, batches())
     with pytest.raises(TypeError, match="distill: settings: got step and lr, expected a step or keywords"):
         tcompress.distill(Toy(), Toy(), batches(), Distill(), lr=1.0)
 

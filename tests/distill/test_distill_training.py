@@ -249,7 +249,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    distilled(steps=2, checkpoint=str(tmp_path))
+    distilled(steps=2, checkpoint=tmp_path)
     with pytest.raises(
         ValueError, match="distill: checkpoint: got .* other settings.*they differ in distill, training"
     ):
