@@ -19,11 +19,11 @@ class AdmmPruning(Masks):
 
     ::
 
-        loss + Σ ρ/2 ‖W - Z + U‖²                  at each step                                (equation 7)
-        Z = Π(W + U),   U = U + W - Z              at each `every` steps from t₀ to t₁         (equations 10 and 6)
+        loss + Σ ρ/2 ‖W - Z + U‖²                  at each step
+        Z = Π(W + U),   U = U + W - Z              at each `every` steps from t₀ to t₁
         Π(V) = V with the smallest blocks at zero, as many as the pattern and the sparsity say (`magnitude_mask`): the
                nearest such weight
-        at t₁: W = Π(W), and the masks are fixed   the retraining that the paper ends with     (section 3.3)
+        at t₁: W = Π(W), and the masks are fixed   the retraining that the paper ends with
 
     Args:
         layers: by name.

@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 def layer_pairs(student: Sequence[Sequence[T]], teacher: Sequence[Sequence[T]], where: str) -> Iterator[tuple[T, T]]:
     """Each block of the student with the teacher's that it learns from: of M and N blocks, block m (from 1) with block
-    m·N/M, rounded down; the uniform map of Jiao et al., "TinyBERT", arXiv 1909.10351, section 4.1.
+    m·N/M, rounded down; the uniform map of Jiao et al., "TinyBERT", arXiv 1909.10351, section 4.2.
 
     Raises:
         ValueError: chains of blocks that differ in number, or a student with more blocks; none at all.

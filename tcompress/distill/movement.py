@@ -39,7 +39,7 @@ class _Masked(torch.autograd.Function):
 class MovementPruning(Masks):
     """Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683, section 4, with the cubic
     schedule of section 5; blocks as in Lagunas et al., "Block Pruning For Faster Transformers", arXiv 2109.04838,
-    section 3.
+    section 4.
 
     ::
 

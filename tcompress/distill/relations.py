@@ -61,7 +61,7 @@ def _resplit(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 class RelationsTerm(Term[RelationsLoss]):
     """The mean of `relation_kl` over kinds, of the student's last block and one of the teacher's. MiniLMv2 takes the
-    last of 12 and one of the upper middle of 24 (section 4.4).
+    last of 12 and one of the upper middle of 24 (section 3.2).
     """
 
     needs_hidden: ClassVar[bool] = True
