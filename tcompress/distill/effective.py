@@ -72,8 +72,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value`, bit for bit, with the gradient of x: the straight-through estimator; Bengio et al., "Estimating or
-    Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432, "straight-through estimator". (x + (value - x) would be rounded.)
+    """`value`, bit for bit, with the gradient of x: the straight-through estimator of Bengio et al., "Estimating or
+    Propagating Gradients Through Stochastic Neurons for Conditional Computation", arXiv 1308.3432, section "Straight-
+    Through Estimator". (x + (value - x) would be rounded.)
     """
     result: torch.Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
     return result
