@@ -220,7 +220,7 @@ def _targeted(student: nn.Module, config: Distill) -> list[nn.Parameter]:
 
 def _pruning(student: nn.Module, config: TrainingPrune, steps: int) -> tuple[Constraint, list[str]]:
     """The constraint that prunes in the training, and what it leaves alone."""
-    step = Prune(pattern=config.pattern, sparsity=config.sparsity, targets=config.targets, ignore=config.ignore)
+    step = Prune.model_validate(config.model_dump(include={"pattern", "sparsity", "targets", "ignore"}))
     found, skips = prune_masks(student, Recipe(steps=(step,)), {})
     if not found:
         reasons = "".join(f"\n  {skip.names[0] or '(root)'}: {skip.reason}" for skip in skips[:10])

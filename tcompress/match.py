@@ -100,7 +100,7 @@ def match(
             continue
         reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
-            if isinstance(step, Prune) or (isinstance(step, Quantize) and step.scheme is None):
+            if not isinstance(step, Quantize | Sparse) or (isinstance(step, Quantize) and step.scheme is None):
                 continue
             if not any_matches(step.targets, paths, module):
                 continue

@@ -31,10 +31,12 @@ class AdmmPruning(Masks):
         steps: of the whole training.
     """
 
+    state: torch.Tensor  # 0 before t₀, 1 until t₁, 2 after it
+
     def __init__(self, layers: Mapping[str, nn.Module], config: TrainingPrune, steps: int) -> None:
         super().__init__(layers)
         self.config, self.steps = config, steps
-        self.register_buffer("state", torch.tensor(0))  # 0 before t₀, 1 until t₁, 2 after it
+        self.register_buffer("state", torch.tensor(0))
         for i, name in enumerate(self._layers):
             for which in ("z", "u"):
                 self.register_buffer(f"{which}_{i}", torch.zeros_like(self.weight(name)))

@@ -76,5 +76,5 @@ def straight_through(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     Propagating Gradients Through Stochastic Neurons for Conditional Computation", arXiv 1308.3432, section "Straight-
     Through Estimator". (x + (value - x) would be rounded.)
     """
-    result: torch.Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _StraightThrough.apply(x, value)
     return result

@@ -55,4 +55,6 @@ def _effective(m: Match) -> Effective:
     assert m.scheme is not None
     maps: Sequence[TensorMap] = [partial(fake_quantize_weight, args=m.scheme.weights)]
     activations = m.scheme.activations
-    return Effective(list(maps), activations and partial(fake_quantize_input, args=activations))
+    if activations is None:
+        return Effective(list(maps))
+    return Effective(list(maps), partial(fake_quantize_input, args=activations))

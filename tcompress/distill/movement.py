@@ -57,6 +57,8 @@ class MovementPruning(Masks):
         steps: of the whole training.
     """
 
+    fixed: torch.Tensor  # bool: whether the masks are
+
     def __init__(self, layers: Mapping[str, nn.Module], config: TrainingPrune, steps: int) -> None:
         super().__init__(layers)
         self.config, self.steps, self.lr = config, steps, config.lr
@@ -79,7 +81,7 @@ class MovementPruning(Masks):
         return {module: partial(self._masked, name) for name, module in self._layers.items()}
 
     def _masked(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = _Masked.apply(weight, self.scores(name), self.mask(name), self._size)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Masked.apply(weight, self.scores(name), self.mask(name), self._size)
         return result
 
     def before_step(self, step: int) -> None:

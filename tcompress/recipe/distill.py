@@ -33,7 +33,7 @@ class Distill(Transform, Training):
     step: Literal["distill"] = "distill"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
-    losses: tuple[AnyLoss, ...] = Field(("logits",), min_length=1, validate_default=True)  # type: ignore[arg-type]
+    losses: tuple[AnyLoss, ...] = Field(("logits",), min_length=1, validate_default=True)
     prune: TrainingPrune | None = None
     keep_zeros: bool = True
     quantization_aware: bool = True
