@@ -12,10 +12,7 @@ import torch
 from rich import get_console
 from torch import nn
 
-import tcompress.awq_step
-import tcompress.rotate_step
-import tcompress.smooth_step  # noqa: F401
-from tcompress import calibrate
+from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report

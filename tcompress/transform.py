@@ -12,8 +12,9 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.errors import message
-from tcompress.recipe import Recipe, Transform
+from tcompress.recipe import Distill, Prune, Recipe, Transform
 from tcompress.report.report import LayerReport
+from tcompress.swap_layers import swap_layers
 
 
 @dataclass
@@ -73,7 +74,8 @@ def has_transforms(recipe: Recipe) -> bool:
 def transform(
     model: nn.Module, recipe: Recipe, data: Any, inplace: bool = False, progress: bool = False
 ) -> tuple[Work, Recipe | None]:
-    """Runs the transforms of a recipe in its order.
+    """Runs the transforms of a recipe in its order. Before a `Distill` step the `Prune` steps that stand before it are
+    run too, by whatever algorithm: it trains the model that they leave.
 
     Args:
         data: as for `compress`.
@@ -85,16 +87,36 @@ def transform(
     Raises:
         ValueError: what the steps raise. With `inplace` the model may then be changed in part.
     """
-    steps = [step for step in recipe.steps if isinstance(step, Transform)]
     samples = None if data is None else list(calibrate.batches(data))
-    work = Work(model if inplace else copy.deepcopy(model), model, recipe, samples, progress=progress)
+    teaches = any(isinstance(step, Distill) for step in recipe.steps)
+    original = copy.deepcopy(model) if inplace and teaches else model
+    work = Work(model if inplace else copy.deepcopy(model), original, recipe, samples, progress=progress)
     if samples is not None:
         with calibrate.evaluating(model):
             output = calibrate.first_tensor(calibrate.run(model, samples[0]))
         work.first = None if output is None else (samples[0], output)
-    for step in steps:
-        _RUN[type(step)](work, step)
-    return work, rest_of(recipe, steps)
+    done: list[Any] = []
+    for step in recipe.steps:
+        if isinstance(step, Transform):
+            if isinstance(step, Distill):
+                done += _pruned_before(work, step, done)
+            _RUN[type(step)](work, step)
+            done.append(step)
+    return work, rest_of(recipe, done)
+
+
+def _pruned_before(work: Work, distill: Distill, done: Sequence[Any]) -> list[Prune]:
+    """Runs the pruning steps that stand before a step and were not run yet."""
+    place = next(i for i, step in enumerate(work.recipe.steps) if step is distill)
+    prunes = [s for s in work.recipe.steps[:place] if isinstance(s, Prune) and not any(s is other for other in done)]
+    if prunes:
+        alone = next(work.model.children(), None) is None  # a single layer cannot be replaced in its own place
+        recipe = work.recipe.model_copy(update={"steps": tuple(prunes)})
+        swapped = swap_layers(work.model, recipe, work.samples, not alone, work.progress, required=False)
+        work.model = swapped.model
+        work.layers += swapped.layers
+        work.notes += swapped.notes
+    return prunes
 
 
 def rest_of(recipe: Recipe, done: Sequence[Any]) -> Recipe | None:

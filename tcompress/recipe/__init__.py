@@ -1,6 +1,7 @@
 """What to do to a model: an ordered list of steps, one kind of step a file."""
 
 from tcompress.recipe.awq import AWQ
+from tcompress.recipe.distill import Distill
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import MIN_COSINE, Quantize
 from tcompress.recipe.recipe import STEPS, VERSION, Recipe, presets
@@ -14,6 +15,7 @@ __all__ = [
     "MIN_COSINE",
     "STEPS",
     "VERSION",
+    "Distill",
     "Prune",
     "Quantize",
     "Recipe",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError,
 
 from tcompress.errors import message
 from tcompress.recipe.awq import AWQ
+from tcompress.recipe.distill import Distill
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
 from tcompress.recipe.rotate import Rotate
@@ -29,6 +30,7 @@ STEPS: tuple[type[Step], ...] = (
     Smooth,
     AWQ,
     Rotate,
+    Distill,
 )
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
@@ -48,14 +50,16 @@ AnyStep = Annotated[
     | Annotated[Prune, Tag("prune")]
     | Annotated[Smooth, Tag("smooth")]
     | Annotated[AWQ, Tag("awq")]
-    | Annotated[Rotate, Tag("rotate")],
+    | Annotated[Rotate, Tag("rotate")]
+    | Annotated[Distill, Tag("distill")],
     Discriminator(_kind),
 ]
 
 
 class Recipe(BaseModel):
     """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
-    keeps it.
+    keeps it. Steps that make another model in floating point (`step.Transform`) are run before all these, in order;
+    a `Distill` step comes after the `Prune` steps that stand before it, and trains what they left.
 
     Attributes:
         version: of the format.
@@ -146,7 +150,10 @@ class Recipe(BaseModel):
 
 def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in the form `argument: got X, expected Y`."""
-    place = ".".join(str(part) for part in error["loc"] if part not in _KINDS)
+    # The third part, ("steps", 0, "prune", …), is the kind of step; "prune" further on is a field.
+    place = ".".join(str(part) for i, part in enumerate(error["loc"]) if i != 2 or part not in _KINDS)
+    if error["type"] == "union_tag_invalid" and len(error["loc"]) > 2:
+        return f"{place}: got {error['ctx']['tag']!r}, expected one of {error['ctx']['expected_tags']}"
     if error["type"] == "union_tag_invalid":
         return f"{place}.step: got {error['input']['step']!r}, expected {_ANY_KIND}"
     if error["type"] == "union_tag_not_found":
