@@ -107,6 +107,8 @@ def _multiply(
     from .block_panels import BlockRows
     from .block_sparse_linear import block_sparse_linear
 
+    assert weight.start is not None
+    assert weight.column is not None
     kept, size = BlockRows(weight.start, weight.column), sparse_layout.block_size(pattern)
     return block_sparse_linear(x, weight.values, kept, n, size, weight_scale, weight.total, *options)
 
@@ -161,8 +163,8 @@ def int4_sparse_linear(
     pattern = int4_sparse_layout.LAYOUTS[layout]
     weight = int4_sparse_layout.parts(kernel_weight, out_features, x.shape[-1], group_size, scale_dtype, pattern)
     operands = (x, weight.values, BlockRows(weight.start, weight.column), weight.scale)
-    options = (bias, act_bits, act_symmetric, activation, out_dtype, residual)
-    return int4_sparse_linear(*operands, sparse_layout.block_size(pattern), *options)
+    size = sparse_layout.block_size(pattern)
+    return int4_sparse_linear(*operands, size, bias, act_bits, act_symmetric, activation, out_dtype, residual)
 
 
 def int4_sparse_linear_unsupported(

@@ -151,6 +151,26 @@ def unpack(packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, pattern: st
     return dense[:n, :k].contiguous().view(dtype)
 
 
+def kept_blocks(weight: torch.Tensor, pattern: str) -> float:
+    """Of the blocks of a weight that is not empty the part that is not all zero."""
+    return float((_grid(weight, pattern) != 0).flatten(2).any(2).float().mean())
+
+
+def _grid(weight: torch.Tensor, pattern: str) -> torch.Tensor:
+    """[ceil(N/R), ceil(K/C), R, C], zero beyond N and K."""
+    (n, k), (r, c) = weight.shape, block_size(pattern)
+    padded = F.pad(weight, (0, -k % c, 0, -n % r))
+    return padded.view(padded.shape[0] // r, r, padded.shape[1] // c, c).transpose(1, 2)
+
+
+def _blocks(weight: torch.Tensor, pattern: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kept blocks [B, R, C], and the start and column of the layout."""
+    grid = _grid(weight, pattern)
+    kept = (grid != 0).flatten(2).any(2)
+    start = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return grid[kept], start, kept.nonzero()[:, 1].to(torch.int32)
+
+
 def quads(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is kept of a 2:4 weight of integers [N, K]: values [N, G, 2], and their places, nibbles [N, G] uint8."""
     n, k = weight.shape
@@ -180,13 +200,3 @@ def padded_bytes(piece: torch.Tensor) -> torch.Tensor:
     """`as_bytes` up to where the next part begins."""
     size = piece.numel() * piece.element_size()
     return F.pad(as_bytes(piece), (0, to_multiple(size) - size))
-
-
-def _blocks(weight: torch.Tensor, pattern: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kept blocks [B, R, C], and the start and column of the layout."""
-    (n, k), (r, c) = weight.shape, block_size(pattern)
-    padded = F.pad(weight, (0, -k % c, 0, -n % r))
-    grid = padded.view(padded.shape[0] // r, r, padded.shape[1] // c, c).transpose(1, 2)
-    kept = (grid != 0).flatten(2).any(2)
-    start = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return grid[kept], start, kept.nonzero()[:, 1].to(torch.int32)

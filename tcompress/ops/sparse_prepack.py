@@ -209,7 +209,8 @@ def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 def fake(weight: torch.Tensor, layout: str) -> torch.Tensor:
     if is_fixed(layout):
-        return weight.new_empty(fixed_bytes(*weight.shape, weight.dtype, layout), dtype=torch.int8)
+        n, k = weight.shape
+        return weight.new_empty(fixed_bytes(n, k, weight.dtype, layout), dtype=torch.int8)
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 
