@@ -103,7 +103,8 @@ def _multiply(
     if pattern == TWO_FOUR:
         from .two_four_linear import two_four_linear
 
-        return two_four_linear(x, weight.values, weight.index, n, weight_scale, weight.total, *options)
+        assert weight.places is not None
+        return two_four_linear(x, weight.values, weight.places, n, weight_scale, weight.total, *options)
     from .block_panels import BlockRows
     from .block_sparse_linear import block_sparse_linear
 

@@ -34,13 +34,14 @@ NOT_OURS = "layout {!r}: the Triton kernels read those that begin with 'gpu-' (s
 
 
 class Parts(NamedTuple):
-    """Views of a packed weight. `start` and `column` of blocks, `index` of 2:4, `total` (the sums) of int8."""
+    """Views of a packed weight. `start` and `column` of blocks, `places` (the index) of 2:4, `total` (the sums) of
+    int8."""
 
     values: torch.Tensor
     total: torch.Tensor | None
     start: torch.Tensor | None = None
     column: torch.Tensor | None = None
-    index: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
 
 def name_of(pattern: str, dtype: torch.dtype) -> str:
@@ -90,8 +91,8 @@ def block_bytes(dtype: torch.dtype, pattern: str) -> int:
 
 def parts(packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, pattern: str) -> Parts:
     """Views; looks at the size alone."""
-    at, size = 0, packed.numel()
-    start = column = total = index = None
+    at, size, total = 0, packed.numel(), None
+    start: torch.Tensor | None = None
     if pattern != TWO_FOUR:
         rows = -(-n // block_size(pattern)[0])
         start = packed[: 4 * (rows + 1)].view(torch.int32)
@@ -102,8 +103,8 @@ def parts(packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, pattern: str
     if pattern == TWO_FOUR:
         count = n * -(-k // QUAD) * 2
         values = packed[at : at + count * dtype.itemsize].view(dtype)
-        index = packed[at + to_multiple(count * dtype.itemsize) :].view(torch.uint8)
-        return Parts(values, total, index=index)
+        places = packed[at + to_multiple(count * dtype.itemsize) :].view(torch.uint8)
+        return Parts(values, total, places=places)
     blocks = (size - at) // block_bytes(dtype, pattern)
     values = packed[at : size - 4 * blocks].view(dtype)
     column = packed[size - 4 * blocks :].view(torch.int32)
@@ -135,9 +136,9 @@ def unpack(packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, pattern: st
     found = parts(packed, n, k, dtype, pattern)
     values = found.values.view(_bits(dtype))
     if pattern == TWO_FOUR:
-        assert found.index is not None
+        assert found.places is not None
         count = -(-k // QUAD)
-        nibbles = torch.stack([found.index & 15, found.index >> 4], 1).flatten()[: n * count].view(n, count)
+        nibbles = torch.stack([found.places & 15, found.places >> 4], 1).flatten()[: n * count].view(n, count)
         return dense_of_quads(values.view(n, count, 2), nibbles)[:, :k].contiguous().view(dtype)
     assert found.start is not None
     assert found.column is not None

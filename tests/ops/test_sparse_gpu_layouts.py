@@ -68,7 +68,7 @@ def test_two_of_four_is_the_storage_layout(dtype):
         stored = pack_sparse(weight, "2:4", scale=torch.ones(n) if dtype == torch.int8 else None)
         got = sparse_layout.parts(ops.sparse_prepack(weight, layout), n, k, dtype, "2:4")
         assert oracle.same_bits(got.values, stored.values)
-        assert torch.equal(got.index, stored.index)
+        assert torch.equal(got.places, stored.index)
 
 
 def test_fragments_lie_as_they_are_drawn():
