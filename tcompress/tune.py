@@ -118,7 +118,7 @@ def measure(
 
     The fastest, because a thread that loses its core makes a call hundreds of times as long.
     """
-    if weight.is_cuda:
+    if tune_gpu.concerns(weight, kernels):
         return tune_gpu.measure(weight, kernels, tokens, dtype), False
     n, k = weight.shape
     # Types and device in words: a program may have other defaults.
@@ -227,9 +227,9 @@ def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dty
     one pruned model differ by less."""
     n, k = weight.shape
     scheme = kernels[0].scheme.name if kernels[0].scheme else str(weight.dtype).removeprefix("torch.")
-    layouts = []
+    layouts, on_gpu = [], tune_gpu.concerns(weight, kernels)
     for kernel in kernels:
-        if weight.is_cuda:
+        if on_gpu:
             layouts.append(f"{kernel.layout} {round(tune_gpu.kept(weight, kernel.layout) * 50) / 50:.2f}")
             continue
         block_rows = LAYOUTS.get(kernel.dtype, {}).get(kernel.layout)
@@ -240,7 +240,7 @@ def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dty
         density = round(float(kept.float().mean()) * 50) / 50 if kept.numel() else 0.0
         layouts.append(f"{kernel.layout} {density:.2f}")
     what = f"{scheme} {str(dtype).removeprefix('torch.')} {tokens}x{k}x{n} {', '.join(layouts)}"
-    if weight.is_cuda:
+    if on_gpu:
         return f"{what} | {tune_gpu.device(weight)}, {_versions()}"
     return f"{what} | {backend.cpu_path()} {torch.get_num_threads()} threads | {_machine()}"
 

@@ -12,6 +12,7 @@ Plain torch; nothing but `pack` waits for a GPU.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Parts(NamedTuple):
     column: torch.Tensor
 
 
+@lru_cache(maxsize=4096)  # a layer asks at each call
 def _head(n: int, k: int, group_size: int, scale_dtype: torch.dtype, pattern: str) -> tuple[int, int, int, int]:
     """Entries of start; bytes from which the scales and the values come; groups."""
     groups = -(-k // group_size)

@@ -17,6 +17,7 @@ for a GPU, and no kernel is needed to read a weight back.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -89,26 +90,29 @@ def block_bytes(dtype: torch.dtype, pattern: str) -> int:
     return r * c * dtype.itemsize + 4
 
 
+@lru_cache(maxsize=4096)  # a layer asks at each call
+def _places(n: int, k: int, dtype: torch.dtype, pattern: str, size: int) -> tuple[tuple[int, int], ...]:
+    """From which byte to which: start, sum, value, and column or index. A part that is not there is empty."""
+    start = 4 * (-(-n // block_size(pattern)[0]) + 1) if pattern != TWO_FOUR else 0
+    total = 4 * n if dtype == torch.int8 else 0
+    at = to_multiple(start)
+    values = at + to_multiple(total)
+    if pattern == TWO_FOUR:
+        end = values + n * -(-k // QUAD) * 2 * dtype.itemsize
+        last = to_multiple(end)
+    else:
+        end = last = size - 4 * ((size - values) // block_bytes(dtype, pattern))
+    return (0, start), (at, at + total), (values, end), (last, size)
+
+
 def parts(packed: torch.Tensor, n: int, k: int, dtype: torch.dtype, pattern: str) -> Parts:
     """Views; looks at the size alone."""
-    at, size, total = 0, packed.numel(), None
-    start: torch.Tensor | None = None
-    if pattern != TWO_FOUR:
-        rows = -(-n // block_size(pattern)[0])
-        start = packed[: 4 * (rows + 1)].view(torch.int32)
-        at = to_multiple(4 * (rows + 1))
-    if dtype == torch.int8:
-        total = packed[at : at + 4 * n].view(torch.int32)
-        at += to_multiple(4 * n)
+    start, total, values, last = _places(n, k, dtype, pattern, packed.numel())
+    value = packed[slice(*values)].view(dtype)
+    sums = packed[slice(*total)].view(torch.int32) if dtype == torch.int8 else None
     if pattern == TWO_FOUR:
-        count = n * -(-k // QUAD) * 2
-        values = packed[at : at + count * dtype.itemsize].view(dtype)
-        places = packed[at + to_multiple(count * dtype.itemsize) :].view(torch.uint8)
-        return Parts(values, total, places=places)
-    blocks = (size - at) // block_bytes(dtype, pattern)
-    values = packed[at : size - 4 * blocks].view(dtype)
-    column = packed[size - 4 * blocks :].view(torch.int32)
-    return Parts(values, total, start, column)
+        return Parts(value, sums, places=packed[slice(*last)].view(torch.uint8))
+    return Parts(value, sums, packed[slice(*start)].view(torch.int32), packed[slice(*last)].view(torch.int32))
 
 
 def pack(weight: torch.Tensor, pattern: str) -> torch.Tensor:

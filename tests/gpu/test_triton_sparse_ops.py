@@ -22,7 +22,7 @@ from tcompress.kernels.triton import block_sparse_linear, int4_sparse_linear, tw
 from tcompress.kernels.triton.int4_sparse_layout import PATTERNS as INT4_PATTERNS  # noqa: E402
 from tcompress.kernels.triton.sparse_layout import FLOAT_LAYOUTS, INT8_LAYOUTS, TWO_FOUR  # noqa: E402
 
-from tcompress import Scheme, backend, explain, ops, tune, use_backend  # noqa: E402
+from tcompress import Scheme, backend, explain, ops, use_backend  # noqa: E402
 from tcompress.nn import SparseLinear  # noqa: E402
 from tcompress.ops._registry import OPS  # noqa: E402
 from tcompress.sparse_kernel import kernels_for  # noqa: E402
@@ -240,26 +240,3 @@ def test_a_layer_of_the_cpu_chooses_anew(scheme):
         module.load_state_dict(state)
         assert module._kernel.layout == "8x4"
         sparse_layers.assert_computes(module, linear, sparse_layers.tokens(5, 128))
-
-
-def test_the_rule_of_costs():
-    """Few blocks of a large weight are worth it; a full weight is not; memory decides for one token."""
-
-    def chosen(weight, tokens, dtype=torch.float16, scheme=None):
-        return tune.choose(weight, kernels_for(weight, scheme), tokens, dtype).kernel.layout
-
-    generator = torch.Generator().manual_seed(0)
-
-    def blocks(kept):
-        keep = torch.rand(32, 64, generator=generator) < kept
-        return torch.randn(1024, 1024).half() * keep.repeat_interleave(32, 0).repeat_interleave(16, 1)
-
-    w8a8 = Scheme.named("W8A8")
-    assert chosen(blocks(0.05), 256) == "gpu-32x16-float16"
-    assert chosen(blocks(1.0), 256) == chosen(blocks(1.0), 1) == "dense"
-    assert chosen(blocks(0.4), 256) == "dense"
-    assert chosen(blocks(0.4), 1) != "dense"
-    two_four = torch.ones(1024, 1024, dtype=torch.int8)
-    two_four.view(1024, -1, 4)[..., :2] = 0
-    assert chosen(two_four, 1, scheme=w8a8) == "gpu-2:4"
-    assert chosen(two_four, 2048, scheme=w8a8) == "dense"
