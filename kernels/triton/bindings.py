@@ -1,32 +1,26 @@
 """The ops in Triton: what the kernels take, and how an op's arguments reach them.
 
-As `csrc/bindings.cpp` for the compiled kernels, this is the one file that knows the ops' signatures. It does not import
-Triton until a kernel runs. `KERNELS` maps an op to two functions of the op's arguments: one that runs it, and one that
-says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
+As `csrc/bindings.cpp` for the compiled kernels, this file and `bindings_sparse` know the ops' signatures. They do not
+import Triton until a kernel runs. `KERNELS` maps an op to two functions of the op's arguments: one that runs it, and
+one that says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
 
 Nothing here waits for the GPU or looks at data, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-Maybe = torch.Tensor | None
+from . import bindings_sparse
+from .kernel_binding import Kernel, Maybe
+
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAX_HEAD = 256
 LEAST_GROUP = 32  # of an int4 weight
 IN_CPU_LAYOUT = "the weight is in the layout of the CPU kernels: module.to('cuda') brings it back"
-
-
-class Kernel(NamedTuple):
-    """Of one op."""
-
-    run: Callable[..., Any]
-    unsupported: Callable[..., str | None]
 
 
 # ---- quantize_per_token ---------------------------------------------------------------------------------------------
@@ -327,4 +321,5 @@ KERNELS = {
     "int4_linear": Kernel(int4_linear, int4_linear_unsupported),
     "kv_cache_attention": Kernel(kv_cache_attention, kv_cache_attention_unsupported),
     "quantized_attention": Kernel(quantized_attention, quantized_attention_unsupported),
+    **bindings_sparse.KERNELS,
 }
