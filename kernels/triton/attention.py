@@ -128,7 +128,7 @@ def attention(
         return_lse: also the logarithm of the softmax's denominator.
         tile: other than `autotune` chooses, which starts from `attention_tiles`.
         value_bits: 16: P and V in 16-bit floats. 8: in int8, V with a scale for each channel and P for each row of a
-            block of keys; half the work of the second product, at two to three times the error (docs/gpu.md).
+            block of keys; half the work of the second product, at 1.6 times the error (docs/gpu.md).
 
     Returns:
         [B, H, Sq, Dv] in the type of q, and [B, H, Sq] float32, empty unless asked for.
