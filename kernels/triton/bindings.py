@@ -258,18 +258,45 @@ def quantized_attention_unsupported(
     v: torch.Tensor,
     mask: Maybe = None,
     bits: int = 8,
-    bottom_right: bool = False,
-    left: int = -1,
-    right: int = -1,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    return_lse: bool = False,
+    *options: object,
 ) -> str | None:
     if bits != 8:
         return f"bits={bits}: the Triton kernel has 8"
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD:
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD:
         return f"a head of more than {MAX_HEAD}"
     return None
+
+
+def quantized_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    bits: int,
+    bottom_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .attention_varlen import attention_varlen
+
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    return attention_varlen(q, k, v, *offsets, bottom_right, left, right, softcap, scale, return_lse)
+
+
+def quantized_attention_varlen_unsupported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: Maybe = None,
+    cu_seqlens_k: Maybe = None,
+    bits: int = 8,
+    *options: object,
+) -> str | None:
+    return quantized_attention_unsupported(q, k, v, None, bits)
 
 
 def kv_cache_attention(
@@ -322,4 +349,5 @@ KERNELS = {
     "kv_cache_attention": Kernel(kv_cache_attention, kv_cache_attention_unsupported),
     "quantized_attention": Kernel(quantized_attention, quantized_attention_unsupported),
     **bindings_sparse.KERNELS,
+    "quantized_attention_varlen": Kernel(quantized_attention_varlen, quantized_attention_varlen_unsupported),
 }
