@@ -11,15 +11,27 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator
 
 from tcompress.errors import message
+from tcompress.recipe.codebook import Codebook
+from tcompress.recipe.low_rank import LowRank
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
+from tcompress.recipe.share import Share
+from tcompress.recipe.shrink import Shrink
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step
 
 #: The recipe's format; raised when an old file would be read differently.
 VERSION = 1
 #: The kinds of steps, in the order of the documentation.
-STEPS: tuple[type[Step], ...] = (Quantize, Sparse, Prune)
+STEPS: tuple[type[Step], ...] = (
+    Quantize,
+    Sparse,
+    Prune,
+    Shrink,
+    Share,
+    Codebook,
+    LowRank,
+)
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
 
@@ -33,7 +45,13 @@ def _kind(step: Any) -> str | None:
 
 #: Any step of a recipe. The type checker is told a union; a new kind stands here and in `STEPS`.
 AnyStep = Annotated[
-    Annotated[Quantize, Tag("quantize")] | Annotated[Sparse, Tag("sparse")] | Annotated[Prune, Tag("prune")],
+    Annotated[Quantize, Tag("quantize")]
+    | Annotated[Sparse, Tag("sparse")]
+    | Annotated[Prune, Tag("prune")]
+    | Annotated[Shrink, Tag("shrink")]
+    | Annotated[Share, Tag("share")]
+    | Annotated[Codebook, Tag("codebook")]
+    | Annotated[LowRank, Tag("low_rank")],
     Discriminator(_kind),
 ]
 
