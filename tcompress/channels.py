@@ -236,18 +236,21 @@ def _numbers(within: nn.Module, count: int) -> Iterator[tuple[nn.Module, str]]:
                 yield module, name
 
 
-def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
-    """What a linear layer gives in one run."""
+def output_of(layer: nn.Module, part: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, list[torch.Size]]:
+    """What a linear layer gives in one run of a part of the model, and the shapes of all that the part returns."""
     caught: list[torch.Tensor] = []
+    shapes: list[torch.Size] = []
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         tensor = first_tensor(out)
         if tensor is not None:
             caught.append(tensor.detach())
 
-    handle = layer.register_forward_hook(after)
-    try:
+    def end(module: nn.Module, args: Any, out: Any) -> None:
+        shapes[:] = [t.shape for t in tensors_in(out)]
+
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_hook(after).remove)
+        stack.callback(part.register_forward_hook(end).remove)
         run()
-    finally:
-        handle.remove()
-    return caught[-1]
+    return caught[-1], shapes

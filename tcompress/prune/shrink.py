@@ -75,7 +75,7 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
                 else:
                     work.layers.append(_left(group, names, "it has no calibration inputs"))
                     continue
-                sizes += _apply(work, step, _Chosen(group, kept), hessian, stage, samples[:1], names)
+                sizes += _apply(work, step, _Chosen(group, kept), hessian, stage, names)
     fit_sizes(work.model, sizes)
     return bool(sizes)
 
@@ -183,7 +183,6 @@ def _apply(
     chosen: _Chosen,
     hessian: torch.Tensor | None,
     stage: Stage,
-    sample: list[object],
     names: Mapping[nn.Module, str],
 ) -> list[tuple[int, int]]:
     """Slices a group; returns the sizes that changed, from and to."""
@@ -195,7 +194,7 @@ def _apply(
     layers = [group.consumer, *(p.layer for p in group.producers)]
     before = [model_sizes(m).disk for m in layers]
     old = linear_weight(group.consumer).detach()
-    reason = slice_group(group, kept, stage.run)
+    reason = slice_group(group, kept, stage.block, stage.run)
     if reason is not None:
         work.layers.append(_left(group, names, reason))
         return []

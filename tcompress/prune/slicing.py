@@ -15,10 +15,10 @@ from tcompress.structure import mark_attributes, mark_size, set_linear
 from tcompress.weights import is_conv1d, linear_bias, linear_weight
 
 #: So many sets of whole numbers are tried.
-_MAX_TRIALS = 200
+_MAX_TRIALS = 64
 
 
-def slice_group(group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> str | None:
+def slice_group(group: Group, kept: torch.Tensor, part: nn.Module, run: Callable[[], Any]) -> str | None:
     """Makes a group's layers smaller, in place.
 
     A unit that goes is one whose channels the consumer reads as zero. So the consumer must give, with its smaller input,
@@ -27,12 +27,12 @@ def slice_group(group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> str
 
     Args:
         kept: bool [units].
-        run: runs the part of the model on one sample.
+        part, run: the part of the model that the group was found in, and what runs it, on the same inputs each time.
 
     Returns:
         None, or why the group stays as it was.
     """
-    trial, before = _Trial(group, kept, run), _snapshot(group)
+    trial, before = _Trial(group, kept, part, run), _snapshot(group)
     _slice_layers(group, kept)
     reason = "nothing was tried"
     for i, numbers in enumerate(_sets_of_numbers(group, trial.left)):
@@ -58,9 +58,10 @@ def slice_group(group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> str
 class _Trial:
     """Whether a sliced group computes what it did with zeros, with some whole numbers smaller."""
 
-    def __init__(self, group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> None:
-        self.group, self.run, self.left = group, run, int(kept.sum())
-        self.expected = _with_zeros(group, kept, run).float()
+    def __init__(self, group: Group, kept: torch.Tensor, part: nn.Module, run: Callable[[], Any]) -> None:
+        self.group, self.part, self.run, self.left = group, part, run, int(kept.sum())
+        expected, self.shapes = _with_zeros(group, kept, part, run)
+        self.expected = expected.float()
         eps: float = torch.finfo(linear_weight(group.consumer).dtype).eps
         self.tolerance = 3 * eps**0.5 * float(self.expected.norm())
 
@@ -77,15 +78,19 @@ class _Trial:
 
     def _why_not(self) -> str | None:
         try:
-            got = output_of(self.group.consumer, self.run).float()
+            got, shapes = output_of(self.group.consumer, self.part, self.run)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             return f"the model does not run with less: {str(error).splitlines()[0][:100] if str(error) else error!r}"
-        if got.shape != self.expected.shape or float((got - self.expected).norm()) > self.tolerance:
+        if shapes != self.shapes:
+            return "the sizes go on to other blocks"
+        if got.shape != self.expected.shape or float((got.float() - self.expected).norm()) > self.tolerance:
             return "with less of it the model computes something else"
         return None
 
 
-def _with_zeros(group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> torch.Tensor:
+def _with_zeros(
+    group: Group, kept: torch.Tensor, part: nn.Module, run: Callable[[], Any]
+) -> tuple[torch.Tensor, list[torch.Size]]:
     mask = kept[group.inputs]
 
     def zeros(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -93,7 +98,7 @@ def _with_zeros(group: Group, kept: torch.Tensor, run: Callable[[], Any]) -> tor
 
     handle = group.consumer.register_forward_pre_hook(zeros)
     try:
-        return output_of(group.consumer, run)
+        return output_of(group.consumer, part, run)
     finally:
         handle.remove()
 
