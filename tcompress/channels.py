@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tcompress.blocks import tensors_in
 from tcompress.calibrate import first_tensor
-from tcompress.match import why_not
 from tcompress.weights import is_conv1d, linear_weight
 
 #: A change of less than this part of the largest one is none.
@@ -71,6 +71,14 @@ def contiguous_units(channels: int, count: int) -> torch.Tensor:
     return torch.arange(channels) // (channels // count)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight can be sliced: its own, and used by torch's forward alone."""
+    if not (type(module).forward is nn.Linear.forward or is_conv1d(module)):
+        return False
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return "weight" in module._parameters and not hooked and not parametrize.is_parametrized(module)
+
+
 class Probe:
     """Runs a part of a model once, with some outputs changed, and sees what the linear layers get and what comes out.
 
@@ -81,14 +89,13 @@ class Probe:
 
     def __init__(self, part: nn.Module, run: Callable[[], Any]) -> None:
         self.part, self.run = part, run
-        linear = [m for m in part.modules() if m is not part and (isinstance(m, nn.Linear) or is_conv1d(m))]
-        self.layers = [m for m in linear if why_not(m, None) is None]
+        self.layers = [m for m in part.modules() if m is not part and is_plain_linear(m)]
         #: In the order of their calls; a layer that is called twice stands here twice.
         self.order: list[nn.Module] = []
         self.outputs: dict[nn.Module, torch.Tensor] = {}
         self.base = self()
-        base_order, self.order = self.order, []
-        self.once = [m for m in base_order if base_order.count(m) == 1]
+        self.calls = self.order
+        self.once = [m for m in self.calls if self.calls.count(m) == 1]
         self.given_outputs = dict(self.outputs)
 
     def __call__(
@@ -147,7 +154,7 @@ def find_groups(part: nn.Module, run: Callable[[], Any]) -> Found:
     probe, found = Probe(part, run), Found()
     for layer in probe.layers:
         if layer not in probe.once:
-            calls = sum(m is layer for m in probe.order)
+            calls = sum(m is layer for m in probe.calls)
             found.reasons[layer] = "it is not called" if calls == 0 else "it is called more than once"
     reached: dict[nn.Module, list[nn.Module]] = {}
     for i, layer in enumerate(probe.once):

@@ -98,7 +98,12 @@ def _shorten(
 
 
 def _why_needed(
-    model: nn.Module, holder: nn.ModuleList, chain: list[nn.Module], gone: list[nn.Module], block: nn.Module, sample: Any
+    model: nn.Module,
+    holder: nn.ModuleList,
+    chain: list[nn.Module],
+    gone: list[nn.Module],
+    block: nn.Module,
+    sample: Any,
 ) -> str | None:
     """Why the model cannot do without a block, or None."""
     left = [i for i, b in enumerate(chain) if b not in gone]

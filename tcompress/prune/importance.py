@@ -25,7 +25,9 @@ def weight_importance(group: Group) -> torch.Tensor:
     return total.index_add_(0, group.inputs, columns).sqrt()
 
 
-def activation_importance(weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, count: int) -> torch.Tensor:
+def activation_importance(
+    weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, count: int
+) -> torch.Tensor:
     """float64 [count], of each unit the part of the consumer's output that it gives: E‖W_u x_u‖² / E‖W x‖².
 
     For single channels this is ‖W_:j‖²·E[x_j²], the norm by which Wanda (arXiv 2306.11695, section 3) weighs a weight,
@@ -39,13 +41,17 @@ def activation_importance(weight: torch.Tensor, hessian: torch.Tensor, inputs: t
     w, h = weight.detach().double().cpu(), hessian.double().cpu()
     width = len(inputs) // count
     columns = w.T.unflatten(0, (count, width))  # [units, width, N]
-    blocks = h.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)  # [width, width, units]
+    blocks = (
+        h.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)
+    )  # [width, width, units]
     energy = torch.einsum("uin,iju,ujn->u", columns, blocks, columns)
     total = float(((w @ h) * w).sum())
     return energy / total if total > 0 else energy
 
 
-def taylor_importance(model: nn.Module, groups: Sequence[Group], samples: Sequence[Any], seed: int = 0) -> list[torch.Tensor]:
+def taylor_importance(
+    model: nn.Module, groups: Sequence[Group], samples: Sequence[Any], seed: int = 0
+) -> list[torch.Tensor]:
     """float64 [units] for each group: the mean over samples of |∂L/∂m_u|, m_u = 1 a factor on the unit's channels.
 
     By the chain rule ∂L/∂m_u = Σ x·∂L/∂x over the unit's channels and tokens = Σ w·∂L/∂w over the consumer's weights that

@@ -11,7 +11,7 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.block_walk import Stage, collect, walk, weight_key
-from tcompress.channels import Group, find_groups
+from tcompress.channels import Group, find_groups, is_plain_linear
 from tcompress.errors import message
 from tcompress.match import Skip, any_matches, ignored, module_names, output_embeddings
 from tcompress.prune.config import fit_sizes
@@ -87,7 +87,7 @@ def replace_scope(step: Shrink) -> Shrink:
 
 def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn.Module, str]) -> list[Group]:
     """The groups of the structure that the step asks for, all layers of which it targets."""
-    linear = [m for m in work.model.modules() if m is not work.model and (isinstance(m, nn.Linear) or is_conv1d(m))]
+    linear = [m for m in work.model.modules() if m is not work.model and is_plain_linear(m)]
     users: dict[int, int] = {}
     for module in work.model.modules():
         for parameter in module._parameters.values():
@@ -138,7 +138,9 @@ def _scores(work: Work, step: Shrink, groups: Sequence[Group], samples: list[obj
     if step.importance == "taylor":
         scores = taylor_importance(work.model, groups, samples)
         if not all(bool(torch.isfinite(score).all()) for score in scores):
-            raise ValueError(message("compress", "data", "a loss with NaN or infinity", "a finite one", "shrink: taylor"))
+            raise ValueError(
+                message("compress", "data", "a loss with NaN or infinity", "a finite one", "shrink: taylor")
+            )
         return scores
     found: dict[nn.Module, torch.Tensor] = {}
     with calibrate.evaluating(work.model):
