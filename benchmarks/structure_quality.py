@@ -3,8 +3,8 @@
     python benchmarks/structure_quality.py minilm [--only "shrink*"] [--seconds 2] [--json results.json]
     python benchmarks/structure_quality.py MODEL_FOLDER --text TEXT_FILE [--tokens 4096] [--context 512] [--samples 8]
 
-"minilm" is the demo's sentence encoder, with the demo's two metrics; its calibration samples are texts of BoolQ that the
-metric does not use. A folder holds a Hugging Face decoder, whose perplexity is taken as in `algorithm_quality.py`.
+"minilm" is the demo's sentence encoder, with the demo's two metrics; its calibration samples are texts of BoolQ that
+the metric does not use. A folder holds a Hugging Face decoder, whose perplexity is taken as in `algorithm_quality.py`.
 Latency is one call of a batch of 1 x 128 tokens, the model before and after in turn.
 """
 

@@ -1,9 +1,9 @@
 """Which linear layers pass channels to which, found by running a part of a model and changing what passes.
 
-A consumer is a linear layer, its producers are the ones whose outputs reach nothing but its input. A unit is the smallest
-set of channels that keeps to itself on the way: one channel where all that lies between works element by element
-(an activation, a gate), a head, or the heads that share keys, where it is attention. Nothing is known of architectures;
-that a unit may go is checked again when it goes (`prune.slicing`).
+A consumer is a linear layer, its producers are the ones whose outputs reach nothing but its input. A unit is the
+smallest set of channels that keeps to itself on the way: one channel where all that lies between works element by
+element (an activation, a gate), a head, or the heads that share keys, where it is attention. Nothing is known of
+architectures; that a unit may go is checked again when it goes (`prune.slicing`).
 """
 
 from __future__ import annotations

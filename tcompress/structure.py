@@ -1,9 +1,9 @@
 """What of a model differs from its architecture: layers that are gone, and sizes that are smaller.
 
-A step that changes the structure marks each module that it changed, on the module itself: marks go along when a model is
-copied, when layers before a module go, and to what takes a module's place (`carry`). A checkpoint stores the state of the
-marked modules (`describe_structure`), and `restore` gives it to a model of the original architecture. Only state is kept,
-not how it came to be.
+A step that changes the structure marks each module that it changed, on the module itself: marks go along when a model
+is copied, when layers before a module go, and to what takes a module's place (`carry`). A checkpoint stores the state
+of the marked modules (`describe_structure`), and `restore` gives it to a model of the original architecture. Only state
+is kept, not how it came to be.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def describe_structure(model: nn.Module) -> dict[str, ModuleStructure]:
 
 
 def restore(model: nn.Module, structure: dict[str, ModuleStructure]) -> Callable[[], None]:
-    """Gives a model of the original architecture the structure of a checkpoint, in place. Weights that change their size
-    lose their values. What fits already is left.
+    """Gives a model of the original architecture the structure of a checkpoint, in place. Weights that change their
+    size lose their values. What fits already is left.
 
     Returns:
         A function that undoes it.

@@ -23,7 +23,7 @@ from tcompress.transform import Work
 
 
 def drop_layers(work: Work, step: Shrink, samples: Sequence[Any]) -> bool:
-    """Removes the blocks with the smallest influence from each chain; Men et al., "ShortGPT", arXiv 2403.03853, section 3.
+    """Removes the blocks of smallest influence from each chain; Men et al., "ShortGPT", arXiv 2403.03853, section 3.
 
     A block may go only if the model without it computes what it computes when that block hands on its input: the first
     block of T5, which has the position bias of all, may not. Numbers that count the blocks (the index of a cache) are

@@ -16,7 +16,8 @@ from tcompress.weights import linear_weight
 
 def weight_importance(group: Group) -> torch.Tensor:
     """float64 [units]: the norm of all weights that a unit's channels have, in producers and consumer; Li et al.,
-    "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, section 3.1, with the L2 norm and the consumer's columns."""
+    "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, section 3.1, here in L2 and with the consumer's columns.
+    """
     total = torch.zeros(group.count, dtype=torch.float64)
     for producer in group.producers:
         rows = linear_weight(producer.layer).detach().double().square().sum(1).cpu()
@@ -28,25 +29,22 @@ def weight_importance(group: Group) -> torch.Tensor:
 def activation_importance(
     weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """float64 [count], of each unit the part of the consumer's output that it gives: E‖W_u x_u‖² / E‖W x‖².
+    """float64 [count], the energy of what each unit adds to the consumer's output: E‖W_u x_u‖².
 
     For single channels this is ‖W_:j‖²·E[x_j²], the norm by which Wanda (arXiv 2306.11695, section 3) weighs a weight,
     summed over a channel.
 
     Args:
         weight: [N, K] of the consumer.
-        hessian: [K, K], of its inputs up to a factor (`InputStatistics.hessian`).
+        hessian: [K, K], 2·E[x xᵀ] of its inputs (`InputStatistics.hessian`).
         inputs: int64 [K], the unit of each input, ascending and of one size.
     """
-    w, h = weight.detach().double().cpu(), hessian.double().cpu()
+    w, h = weight.detach().double().cpu(), hessian.double().cpu() / 2
     width = len(inputs) // count
     columns = w.T.unflatten(0, (count, width))  # [units, width, N]
-    blocks = (
-        h.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)
-    )  # [width, width, units]
-    energy = torch.einsum("uin,iju,ujn->u", columns, blocks, columns)
-    total = float(((w @ h) * w).sum())
-    return energy / total if total > 0 else energy
+    # [width, width, units]: of each unit its block on the diagonal
+    blocks = h.unflatten(0, (count, width)).unflatten(2, (count, width)).diagonal(dim1=0, dim2=2)
+    return torch.einsum("uin,iju,ujn->u", columns, blocks, columns)
 
 
 def taylor_importance(
@@ -54,14 +52,14 @@ def taylor_importance(
 ) -> list[torch.Tensor]:
     """float64 [units] for each group: the mean over samples of |∂L/∂m_u|, m_u = 1 a factor on the unit's channels.
 
-    By the chain rule ∂L/∂m_u = Σ x·∂L/∂x over the unit's channels and tokens = Σ w·∂L/∂w over the consumer's weights that
-    read them: the first-order change of the loss when the unit goes. Molchanov et al., "Pruning Convolutional Neural
-    Networks", arXiv 1611.06440, section 2.2; for heads Michel et al., "Are Sixteen Heads Really Better than One?", arXiv
-    1905.10650, section 4.1.
+    By the chain rule ∂L/∂m_u = Σ x·∂L/∂x over the unit's channels and tokens = Σ w·∂L/∂w over the consumer's weights
+    that read them: the first-order change of the loss when the unit goes. Molchanov et al., "Pruning Convolutional
+    Neural Networks", arXiv 1611.06440, section 2.2; for heads Michel et al., "Are Sixteen Heads Really Better than
+    One?", arXiv 1905.10650, section 4.1.
 
-    L is the "loss" that the model returns, which it does if the data hold labels. Otherwise there is nothing to be wrong
-    by, and L is a random projection of the output with signs drawn anew for each sample: the mean is then how far the
-    output moves.
+    L is the "loss" that the model returns, which it does if the data hold labels. Otherwise there is nothing to be
+    wrong by, and L is a random projection of the output with signs drawn anew for each sample: the mean is then how far
+    the output moves.
     """
     total = [torch.zeros(group.count, dtype=torch.float64) for group in groups]
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +33,7 @@ def run(work: Work, step: Shrink) -> None:
     """Structured pruning by the step's structure."""
     samples = work.data(step, "what depends on what is found by running the model")
     with _plain_attention(work.model):
-        if step.structure == "layers":
-            changed = drop_layers(work, step, samples)
-        else:
-            changed = _narrow(work, step, samples)
+        changed = (drop_layers if step.structure == "layers" else _narrow)(work, step, samples)
     if not changed:
         work.notes.append(f"shrink: {step.structure}: nothing was removed")
 
@@ -71,7 +69,7 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
                 elif hessian is not None:
                     weight = linear_weight(consumer)
                     score = activation_importance(weight, hessian, group.inputs, group.count)
-                    kept = _choose(replace_scope(step), [score])[0]
+                    kept = _choose(_by_layer(step), [score])[0]
                 else:
                     work.layers.append(_left(group, names, "it has no calibration inputs"))
                     continue
@@ -80,7 +78,7 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
     return bool(sizes)
 
 
-def replace_scope(step: Shrink) -> Shrink:
+def _by_layer(step: Shrink) -> Shrink:
     """The step with each layer's own ranking."""
     return step.model_copy(update={"scope": "layer"})
 
@@ -146,13 +144,41 @@ def _scores(work: Work, step: Shrink, groups: Sequence[Group], samples: list[obj
     with calibrate.evaluating(work.model):
         by_consumer = {group.consumer: group for group in groups}
         for stage in walk(work.model, samples, list(by_consumer), work.progress):
-            for key, statistics in collect(stage, hessian=True).items():
-                for consumer in (m for m in stage.modules if weight_key(m) == key):
-                    group, hessian = by_consumer[consumer], statistics.hessian
-                    assert hessian is not None
-                    weight = linear_weight(consumer)
-                    found[consumer] = activation_importance(weight, hessian, group.inputs, group.count)
+            stream = _Energy()
+            with stream.of(stage.block):
+                statistics = collect(stage, hessian=True)
+            for consumer in stage.modules:
+                group, hessian = by_consumer[consumer], statistics[weight_key(consumer)].hessian
+                assert hessian is not None
+                score = activation_importance(linear_weight(consumer), hessian, group.inputs, group.count)
+                found[consumer] = score / stream.mean
     return [found[group.consumer] for group in groups]
+
+
+class _Energy:
+    """The mean square of what a block returns, by which units of different blocks are compared: that of a decoder's
+    stream grows from block to block."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        return max(self.total / max(self.tokens, 1), 1e-30)
+
+    @contextmanager
+    def of(self, block: nn.Module) -> Iterator[None]:
+        handle = block.register_forward_hook(self._hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _hook(self, module: nn.Module, args: object, output: object) -> None:
+        tensor = calibrate.first_tensor(output)
+        if tensor is not None and tensor.dim():
+            self.total += float(tensor.float().nan_to_num(0, 0, 0).square().sum())
+            self.tokens += tensor.shape[:-1].numel()
 
 
 def _choose(step: Shrink, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:

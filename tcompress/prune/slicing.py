@@ -21,8 +21,8 @@ _MAX_TRIALS = 64
 def slice_group(group: Group, kept: torch.Tensor, part: nn.Module, run: Callable[[], Any]) -> str | None:
     """Makes a group's layers smaller, in place.
 
-    A unit that goes is one whose channels the consumer reads as zero. So the consumer must give, with its smaller input,
-    what it gave with zeros there. The whole numbers that must change with the sizes (num_heads, split_size …) are found
+    A unit that goes is one whose channels the consumer reads as zero. So the consumer must give, with its smaller
+    input, what it gave with zeros there. The whole numbers that must change with the sizes (num_heads, split_size …) are found
     by trying: of those that are multiples of the count, the fewest that shrink in proportion with that result.
 
     Args:
@@ -150,9 +150,9 @@ def repaired(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, da
 
         W' = W_S + W_R H_RS (H_SS + λ I)⁻¹
 
-    with S what stays and R what goes, as in Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", arXiv
-    2204.09656, section 4.3 (mask tuning, there one factor a unit), or the update of optimal brain surgery for a set of
-    columns.
+    with S what stays and R what goes, as in Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
+    arXiv 2204.09656, section 4.3 (mask tuning, there one factor a unit), or the update of optimal brain surgery for a
+    set of columns.
 
     Args:
         weight: [N, K]. hessian: [K, K], of its inputs up to a factor. kept: bool [K].

@@ -10,8 +10,8 @@ from tcompress.recipe.step import Transform
 
 
 class Codebook(Transform):
-    """Replaces linear layers by `tcompress.nn.CodebookLinear`: k-means over the weights of each tile of `rows` x `columns`
-    (`tcompress.share.kmeans`).
+    """Replaces linear layers by `tcompress.nn.CodebookLinear`: k-means over the weights of each tile of `rows` x
+    `columns` (`tcompress.share.kmeans`).
 
     Attributes:
         bits: of an index, 1 … 8.

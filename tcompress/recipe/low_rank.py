@@ -10,8 +10,8 @@ from tcompress.recipe.step import Transform
 
 
 class LowRank(Transform):
-    """Replaces linear layers by `tcompress.nn.LowRankLinear` (`tcompress.share.low_rank`); later steps may quantize its two
-    layers. One that would not get smaller stays.
+    """Replaces linear layers by `tcompress.nn.LowRankLinear` (`tcompress.share.low_rank`); later steps may quantize its
+    two layers. One that would not get smaller stays.
 
     Attributes:
         ratio: how much of a layer's parameters its factors may have, above 0 and below 1.

@@ -10,7 +10,7 @@ from tcompress.recipe.step import Transform
 
 
 class Shrink(Transform):
-    """Structured pruning: the model gets narrower or shorter, and its weights really smaller (`tcompress.prune.shrink`).
+    """Structured pruning: the model gets narrower or shorter (`tcompress.prune.shrink`).
 
     What depends on what is found by running the model on the data; what is not understood stays, with the reason in the
     report.
@@ -20,9 +20,9 @@ class Shrink(Transform):
             layers, as of a feed-forward network; or whole "layers" of a chain of blocks.
         ratio: which part goes, above 0 and below 1; rounded down to whole heads, channels or layers.
         importance: by what is chosen (`tcompress.prune.importance`). Of heads and channels "activation": how much they
-            add to the output; "taylor": the first-order change of the loss, the model's own if it returns one, for which
-            the data must hold labels, else a random projection of its output; "weight": the norm of their weights. Of
-            layers "cosine": 1 - cos of what goes in and what comes out.
+            add to the output; "taylor": the first-order change of the loss, the model's own if it returns one, for
+            which the data must hold labels, else a random projection of its output; "weight": the norm of their
+            weights. Of layers "cosine": 1 - cos of what goes in and what comes out.
         scope: of heads and channels, whether each "layer" loses its part, or the least important of the whole "model".
         repair: whether the weights that read the channels that stay are refitted to what they gave before, on the data.
         multiple: channels that stay are so many times this, where the ratio allows: kernels like multiples of 16.

@@ -33,8 +33,8 @@ def kmeans_codebook(
         minimise Σ_nk h_k (W_nk - c[index_nk])²      over 2^bits values c a tile and the indices
 
     with h = 1, or the diagonal of the Hessian of a layer's output error, so that weights of large inputs are hit more
-    exactly (Choi et al., "Towards the Limit of Network Quantization", arXiv 1612.01543, section 3.3). Where a tile holds
-    zeros as pruning leaves them (a twentieth of it or more), one of its values is zero, and they stay zero.
+    exactly (Choi et al., "Towards the Limit of Network Quantization", arXiv 1612.01543, section 3.3). Where a tile
+    holds zeros as pruning leaves them (a twentieth of it or more), one of its values is zero, and they stay zero.
 
     Args:
         weight: [N, K], any float type.

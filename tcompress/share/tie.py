@@ -1,8 +1,8 @@
 """Cross-layer sharing: blocks that follow one another use one set of weights.
 
-Lan et al., "ALBERT", arXiv 1909.11942, section 3.1 ("Cross-layer parameter sharing"), here as a start for training from a
-model that has no shared layers. What is tied are the parameters, not the modules: each block keeps what it knows of its
-own place (the index of its cache), and its norms.
+Lan et al., "ALBERT", arXiv 1909.11942, section 3.1 ("Cross-layer parameter sharing"), here as a start for training from
+a model that has no shared layers. What is tied are the parameters, not the modules: each block keeps what it knows of
+its own place (the index of its cache), and its norms.
 """
 
 from __future__ import annotations
