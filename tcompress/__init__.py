@@ -13,6 +13,7 @@ from tcompress.ops import (
     quantized_attention_varlen,
 )
 from tcompress.quantize import QuantArgs, Scheme
+from tcompress.ratios import global_ratios, search_ratios
 from tcompress.recipe import Prune, Quantize, Recipe, Sparse, presets
 from tcompress.report.report import Report
 
@@ -32,6 +33,7 @@ __all__ = [
     "Sparse",
     "compress",
     "explain",
+    "global_ratios",
     "int8_attention",
     "int8_attention_varlen",
     "load",
@@ -41,6 +43,7 @@ __all__ = [
     "quantized_attention",
     "quantized_attention_varlen",
     "save",
+    "search_ratios",
     "use_backend",
     "use_cpu_path",
 ]

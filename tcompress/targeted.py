@@ -18,21 +18,26 @@ from tcompress.match import (
     parameters_outside,
     why_not,
 )
-from tcompress.recipe import Transform
+from tcompress.recipe import Step
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
 from tcompress.weights import linear_weight
 
 
-def target_layers(model: nn.Module, step: Transform) -> tuple[dict[nn.Module, tuple[str, ...]], list[Skip]]:
+def target_layers(
+    model: nn.Module, step: Step, converted: Mapping[nn.Module, nn.Module] | None = None
+) -> tuple[dict[nn.Module, tuple[str, ...]], list[Skip]]:
     """The linear layers that a step targets, with all their names, and those that it leaves, with the reason.
 
     A layer whose weight is also that of a module which stays (a tied embedding) is left: it would be stored twice.
+
+    Args:
+        converted: as for `match.match`.
     """
     found: dict[nn.Module, tuple[str, ...]] = {}
     skips: list[Skip] = []
     head = output_embeddings(model)
-    for module, paths in module_names(model, {}).items():
+    for module, paths in module_names(model, converted or {}).items():
         if not has_own_weight(module) or not any_matches(step.targets, paths, module):
             continue
         looked_up = "an embedding is looked up, not multiplied" if isinstance(module, nn.Embedding) else None

@@ -29,7 +29,7 @@ from tcompress.match import COMPRESSED
 from tcompress.nn import Int8Attention, Int8MultiheadAttention, LowRankLinear, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
-from tcompress.structure import ModuleStructure, describe_structure, is_marked, restore
+from tcompress.structure import ModuleStructure, carry, describe_structure, is_marked, restore
 
 METADATA = "tcompress.json"
 VERSION = 1
@@ -354,7 +354,7 @@ def _install(
 ) -> None:
     for name, module in replacements.items():
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = module
+        model.get_submodule(parent)._modules[child] = carry(model.get_submodule(name), module)
     # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
     others = {key: value for key, value in state.items() if key not in filled}
     model.load_state_dict(others, strict=not filled, assign=True)

@@ -22,8 +22,9 @@ def slice_group(group: Group, kept: torch.Tensor, part: nn.Module, run: Callable
     """Makes a group's layers smaller, in place.
 
     A unit that goes is one whose channels the consumer reads as zero. So the consumer must give, with its smaller
-    input, what it gave with zeros there. The whole numbers that must change with the sizes (num_heads, split_size …) are found
-    by trying: of those that are multiples of the count, the fewest that shrink in proportion with that result.
+    input, what it gave with zeros there. The whole numbers that must change with the sizes (num_heads, split_size …)
+    are found by trying: of those that are multiples of the count, the fewest that shrink in proportion with that
+    result.
 
     Args:
         kept: bool [units].
