@@ -17,6 +17,7 @@ from tcompress.ops import (
     quantized_attention_varlen,
 )
 from tcompress.quantize import QuantArgs, Scheme
+from tcompress.ratios import global_ratios, search_ratios
 from tcompress.recipe import Distill, Prune, Quantize, Recipe, Sparse, presets
 from tcompress.report.report import Report
 
@@ -42,6 +43,7 @@ __all__ = [
     "compress",
     "distill",
     "explain",
+    "global_ratios",
     "int8_attention",
     "int8_attention_varlen",
     "load",
@@ -53,6 +55,7 @@ __all__ = [
     "quantized_attention",
     "quantized_attention_varlen",
     "save",
+    "search_ratios",
     "student_of",
     "use_backend",
     "use_cpu_path",

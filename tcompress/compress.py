@@ -14,10 +14,12 @@ from torch import nn
 
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.errors import CompressionWarning, message
+from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report
 from tcompress.report.size import Sizes, model_sizes
 from tcompress.samples import Samples
+from tcompress.share import codebook_step, low_rank_step, tie  # noqa: F401  declare their steps
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
 

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from tcompress.errors import message
-from tcompress.nn import OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import CodebookLinear, OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
@@ -21,7 +21,7 @@ from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Quantize, Recipe, Sparse, Step
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
-COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear)
+COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear, CodebookLinear)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
 from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
+from tcompress.structure import carry
 from tcompress.weights import linear_weight
 
 #: What is said of a layer whose zeros no kernel turns into time.
@@ -112,6 +113,8 @@ def swap_layers(
     for m in attentions:
         if m.converted is not None:
             replacements[m.module] = replace.assembled(m.converted, replacements)
+    for old, new in replacements.items():
+        carry(old, new)
     compressed = replace.swap(model, replacements, inplace=inplace)
     attention_step.install(compressed, attentions, attention)
     fuse(compressed)

@@ -106,6 +106,7 @@ def test_sparse_steps_in_yaml():
         "step": "prune",
         "pattern": "2:4",
         "algorithm": "magnitude",
+        "scope": "layer",
         "targets": ["fc"],
         "ignore": ["lm_head"],
     }

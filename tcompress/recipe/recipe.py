@@ -12,10 +12,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError,
 
 from tcompress.errors import message
 from tcompress.recipe.awq import AWQ
+from tcompress.recipe.codebook import Codebook
 from tcompress.recipe.distill import Distill
+from tcompress.recipe.low_rank import LowRank
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
 from tcompress.recipe.rotate import Rotate
+from tcompress.recipe.share import Share
+from tcompress.recipe.shrink import Shrink
 from tcompress.recipe.smooth import Smooth
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step
@@ -31,6 +35,10 @@ STEPS: tuple[type[Step], ...] = (
     AWQ,
     Rotate,
     Distill,
+    Shrink,
+    Share,
+    Codebook,
+    LowRank,
 )
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
@@ -51,7 +59,11 @@ AnyStep = Annotated[
     | Annotated[Smooth, Tag("smooth")]
     | Annotated[AWQ, Tag("awq")]
     | Annotated[Rotate, Tag("rotate")]
-    | Annotated[Distill, Tag("distill")],
+    | Annotated[Distill, Tag("distill")]
+    | Annotated[Shrink, Tag("shrink")]
+    | Annotated[Share, Tag("share")]
+    | Annotated[Codebook, Tag("codebook")]
+    | Annotated[LowRank, Tag("low_rank")],
     Discriminator(_kind),
 ]
 
