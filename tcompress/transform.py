@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from tcompress import calibrate
@@ -29,7 +28,7 @@ class Work:
         notes: what to warn of; a transform adds what it left alone and why.
         layers: what the report says of each module that was changed.
         progress: whether to show progress on a terminal.
-        first: the first batch and the model's first output tensor on it, before any change; None without data.
+        reference: the first batch and the model's output on it, before any change; None without data.
     """
 
     model: nn.Module
@@ -39,7 +38,7 @@ class Work:
     notes: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     progress: bool = False
-    first: tuple[Any, torch.Tensor] | None = None
+    reference: calibrate.Reference | None = None
 
     def data(self, step: Transform, why: str) -> list[Any]:
         """The samples of a step that cannot do without; `why` ends the error's text.
@@ -93,8 +92,7 @@ def transform(
     work = Work(model if inplace else copy.deepcopy(model), original, recipe, samples, progress=progress)
     if samples is not None:
         with calibrate.evaluating(model):
-            output = calibrate.first_tensor(calibrate.run(model, samples[0]))
-        work.first = None if output is None else (samples[0], output)
+            work.reference = calibrate.reference(model, samples[0])
     done: list[Any] = []
     for step in recipe.steps:
         if isinstance(step, Transform):
