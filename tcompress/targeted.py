@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tcompress import calibrate
+from tcompress.distances import sqnr_db, squared_errors
 from tcompress.match import (
     Skip,
     any_matches,
@@ -69,7 +69,7 @@ def replaced_report(
         bytes_before=model_sizes(module).disk,
         bytes_after=model_sizes(replacement).disk,
         sparsity=float((stored == 0).double().mean()),
-        weight_sqnr_db=calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum())),
+        weight_sqnr_db=sqnr_db(*squared_errors(weight, stored)),
     )
 
 
