@@ -7,7 +7,7 @@
 
 With K split over programs one more, which clears the partial sums.
 
-Constraints (`unsupported`): the storage layout is there (`weight`). Any number of tokens.
+Constraints (`bindings`): the storage layout is there (`weight`). Any number of tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +22,6 @@ from .linear_tiles import NARROW_TOKENS, NarrowTiles, WideTiles, narrow_tiles, w
 from .linear_wide import linear_wide
 from .numbers import capability, steps
 from .quantize_tokens import quantize_tokens
-
-
-def unsupported(
-    x: torch.Tensor, weight: torch.Tensor | None, weight_scale: torch.Tensor, *options: object
-) -> str | None:
-    """Why these kernels cannot take the arguments of `int8_linear`, or None."""
-    return "the weight is in the kernel layout of the CPU" if weight is None else None
 
 
 def _candidates(stored: WideTiles | NarrowTiles) -> list[WideTiles | NarrowTiles]:

@@ -10,7 +10,7 @@
  2. Largest magnitude (or lowest and highest), whether all is finite.
  3. scale, its reciprocal, integers; a row that is not finite has scale NaN and integers 0.
 
-Constraints (`unsupported`): asymmetric up to 7 bits, so that the integers fit int8.
+Constraints (`bindings`): asymmetric up to 7 bits, so that the integers fit int8.
 
 Kp: rows of whole 16-byte words load wide in the product after.
 """
@@ -104,11 +104,6 @@ def quantize_rows(
 
 def padded_width(k: int) -> int:
     return max(16, -(-k // 16) * 16)
-
-
-def unsupported(x: torch.Tensor, bits: int, symmetric: bool) -> str | None:
-    """Why this kernel cannot take the arguments of `quantize_per_token`, or None."""
-    return "asymmetric integers of 8 bits do not fit int8" if bits == 8 and not symmetric else None
 
 
 def quantize_tokens(

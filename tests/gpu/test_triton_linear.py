@@ -13,7 +13,8 @@ import triton_cases
 triton_cases.require()
 
 from tcompress.kernels.triton import quantize_tokens as quantizer  # noqa: E402
-from tcompress.kernels.triton.linear import linear, unsupported  # noqa: E402
+from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
+from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.linear_tiles import NarrowTiles, WideTiles, narrow_tiles, wide_tiles  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
@@ -139,8 +140,9 @@ def test_tiles_hold_the_tokens(capability, m, n):
 
 def test_unsupported_says_why():
     x, weight, scale = arguments(2, 3, 16, torch.float32)
-    assert unsupported(x, weight, scale) is None
-    assert "layout" in unsupported(x, None, scale)
-    assert quantizer.unsupported(x, 8, True) is None
-    assert quantizer.unsupported(x, 7, False) is None
-    assert "8 bits" in quantizer.unsupported(x, 8, False)
+    of_linear, of_quantizer = (KERNELS[op].unsupported for op in ("int8_linear", "quantize_per_token"))
+    assert of_linear(x, weight, scale) is None
+    assert "layout" in of_linear(x, None, scale)
+    assert of_quantizer(x, 8, True) is None
+    assert of_quantizer(x, 7, False) is None
+    assert "bits=8" in of_quantizer(x, 8, False)

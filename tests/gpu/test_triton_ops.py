@@ -14,6 +14,7 @@ triton_cases.require()
 sys.path.append(str(Path(__file__).parent.parent / "ops"))
 import cases  # noqa: E402
 import oracle  # noqa: E402
+from storage_layout import in_storage_layout  # noqa: E402
 from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
@@ -21,7 +22,7 @@ from tcompress import backend, explain, nn, ops, use_backend  # noqa: E402
 from tcompress.nn.quantized_linear import multi_linear  # noqa: E402
 from tcompress.ops._registry import OPS  # noqa: E402
 
-FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear", "int4_linear")
+FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear", "int4_linear", "int4_multi_linear")
 #: Tests of their error: test_triton_attention, test_triton_decode.
 ATTENTION = ("quantized_attention", "kv_cache_attention")
 
@@ -48,22 +49,6 @@ def attention_samples():
 
 def samples(op):
     return (*attention_samples(),) if op == "quantized_attention" else cases.SAMPLES[op]
-
-
-def in_storage_layout(op, arguments):
-    """Arguments whose weights are in the layout of the CPU kernels alone, with the weights themselves."""
-    arguments = list(arguments)
-    if op == "int8_multi_linear":
-        weights, scales, kernels = arguments[1], arguments[2], arguments[4]
-        pairs = zip(weights, scales, kernels, strict=True)
-        k = arguments[0].shape[-1]
-        arguments[1] = [OPS["int8_unpack"].reference(kw, s.shape[0], k) if w is None else w for w, s, kw in pairs]
-    elif op.startswith("int8_linear"):
-        at = 3 if op == "int8_linear_quantized" else 1
-        if arguments[at] is None:
-            n, k = arguments[at + 1].shape[0], arguments[0].shape[-1]
-            arguments[at] = OPS["int8_unpack"].reference(arguments[at + 3], n, k)
-    return tuple(arguments)
 
 
 SAMPLES = [(op, i) for op in KERNELS if op not in ATTENTION for i, _ in enumerate(cases.SAMPLES[op])]
