@@ -110,10 +110,9 @@ def _attend(
 def _linear(
     architecture: int, m: int, n: int = 4096, k: int = 4096, bias: bool = True, activation: str = "none"
 ) -> object:
-    choose = linear_tiles.narrow_tiles if m <= linear_tiles.NARROW_TOKENS else linear_tiles.wide_tiles
     x, weight = _empty(m, k, dtype=torch.bfloat16), _empty(n, k, dtype=INT8)
     biases = _empty(n, dtype=torch.bfloat16) if bias else None
-    tile = choose(architecture, m, n, k)
+    tile = linear_tiles.int8_linear_tile(architecture, m, n, k)
     return linear.linear(x, weight, _empty(n, dtype=FLOAT), biases, activation=activation, tile=tile)
 
 

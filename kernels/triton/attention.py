@@ -30,8 +30,9 @@ import triton.language as tl
 
 from . import attention_prepare, autotune
 from .attention_blocks import BOOL_MASK, FLOAT_MASK, LOG2_E, NO_MASK, masked_blocks, plain_blocks
-from .attention_tiles import Tiles, tiles
+from .attention_tiles import tiles
 from .numbers import capability
+from .tiles import TileConfig
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -142,7 +143,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-    tile: Tiles | None = None,
+    tile: TileConfig | None = None,
     left: int = -1,
     right: int = -1,
     softcap: float = 0.0,

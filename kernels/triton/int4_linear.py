@@ -21,40 +21,14 @@ import triton
 from . import autotune
 from .int4_dequantize import dequantized_product
 from .int4_narrow import int4_narrow
+from .int4_tiles import NARROW_TOKENS, int4_tile
 from .int4_wide import int4_wide
 from .linear_finish import ACTIVATIONS
 from .numbers import capability, steps
 from .quantize_tokens import quantize_tokens
 from .reasons import LEAST_GROUP, multiplies_dequantized
 from .split_k import workspace
-from .tiles import PROCESSORS, TileConfig
-
-#: Up to here int4_narrow runs: one tile of tokens.
-NARROW_TOKENS = 32
-#: Products that a split should have at least.
-LEAST_PART = 512
-
-
-def int4_tile(capability: int, m: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> TileConfig:
-    """By rule, not measured; chosen so that nothing spills. `dtype`: of the products, int8 or that of x."""
-    longest = LEAST_GROUP if group_size < k else 4096
-    while longest < group_size:
-        longest *= 2
-    floats = dtype == torch.float32
-    if m <= NARROW_TOKENS:
-        block_m = 16 if m <= 16 else 32  # for one token too: on an H100 a third of the time of products of vectors
-        block_n = 16 if floats else 32
-        block_k = min(longest, 64 if floats else 128)
-        tiles, split = -(-n // block_n), 1
-        while tiles * split < PROCESSORS and k >= LEAST_PART * 2 * split and split < 16:
-            split *= 2
-        return TileConfig(block_m, block_n, block_k, 4, 4, split, name=f"int4_narrow_{block_m}")
-    if floats:
-        return TileConfig(32, 64, 32, 4, 2, name="int4_wide_float32")
-    block_k = min(longest, 128 if dtype == torch.int8 else 64)
-    if -(-m // 128) * -(-n // 128) >= PROCESSORS and m > 128:
-        return TileConfig(128, 64, block_k, 8, 3, name="int4_wide_128")
-    return TileConfig(64, 64, block_k, 4, 3, name="int4_wide_64")
+from .tiles import TileConfig
 
 
 def _candidates(stored: TileConfig) -> list[TileConfig]:
