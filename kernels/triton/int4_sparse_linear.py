@@ -13,6 +13,8 @@ or one; no zero points. Any number of tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -73,15 +75,13 @@ def unsupported(pattern: str, k: int, group_size: int) -> str | None:
     return reason
 
 
-# `block_n` is R, `block_k` J · C: a group of 128 with one block in four kept fills it. By rule, not measured.
-TILES = TileTable(
-    "int4_sparse_linear", {f"{m}x{r}": TileConfig(m, r, 32, 4, 2) for m in (16, 64) for r in blocks.BLOCK_ROWS}
-)
+# `block_n` becomes R, `block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured.
+TILES = TileTable("int4_sparse_linear", {str(m): TileConfig(m, 8, 32, 4, 2) for m in (16, 64)})
 
 
 def int4_sparse_tile(capability: int, m: int, size: tuple[int, int]) -> TileConfig:
     """For M tokens and blocks of that size."""
-    return TILES.tile(capability, f"{16 if m <= 16 else 64}x{size[0]}")
+    return replace(TILES.tile(capability, "16" if m <= 16 else "64"), block_n=size[0])
 
 
 def int4_sparse_linear(

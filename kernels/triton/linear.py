@@ -21,7 +21,7 @@ from .linear_narrow import linear_narrow
 from .linear_tiles import NARROW_TOKENS, int8_linear_tile
 from .linear_wide import linear_wide
 from .numbers import capability, steps
-from .quantize_tokens import quantize_tokens
+from .quantize_tokens import aligned_rows, quantize_tokens
 from .tiles import TileConfig
 
 
@@ -87,6 +87,10 @@ def linear(
     else:
         a, scale, zero = quantize_tokens(rows, act_bits, act_symmetric)
         quantize = False
+    if not narrow:
+        # the integers of x have as many columns, so K may end there
+        weight = aligned_rows(weight)
+        k = weight.shape[1]
     nowhere = weight_scale
     pointers = (
         a, scale, zero, weight, weight_scale,

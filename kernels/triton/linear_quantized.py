@@ -15,6 +15,7 @@ from .linear_narrow import linear_narrow
 from .linear_tiles import NARROW_TOKENS, int8_linear_tile
 from .linear_wide import linear_wide
 from .numbers import capability
+from .quantize_tokens import aligned_rows
 from .tiles import TileConfig
 
 
@@ -57,6 +58,10 @@ def multiply(
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     if tile is None:
         tile = int8_linear_tile(capability(q), m, n, k)
+    narrow = m <= tile.block_m <= NARROW_TOKENS
+    if not narrow:
+        q, weight = aligned_rows(q), aligned_rows(weight)
+        k = min(q.shape[1], weight.shape[1])  # what q has beyond K meets zeros
     nowhere = weight_scale
     pointers = (
         q, scale, nowhere, weight, weight_scale, nowhere, nowhere if bias is None else bias.contiguous(),
@@ -68,7 +73,7 @@ def multiply(
         "HAS_ZERO": False, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
         "ACTIVATION": ACTIVATIONS.index(activation), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    if not m <= tile.block_m <= NARROW_TOKENS:
+    if not narrow:
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         linear_wide[grid](
             *pointers, m, n, k, q.stride(0), weight.stride(0), stride_residual, GROUP=tile.group, **constants,

@@ -12,16 +12,18 @@ NARROW_TOKENS = 32
 FEW = 96
 
 _MIDDLE = TileConfig(64, 64, 128, 4, 4)
+#: 37 % of its loop's instructions multiply on 8.x; with 128 products a step 32 %.
+_LONG = TileConfig(64, 64, 256, 4, 3)
 
 # sm_90: measured on an H100, narrow at 1 and 16 tokens, 4096 and 11008 channels, the others at 128, 2048 and 8192
-# tokens, docs/design/010. Others: not measured. 128 registers leave room for two programs on a multiprocessor: a
-# float32 bias took 150 and, with one program, 34 to 43 % more time.
+# tokens, docs/design/010. 128 registers leave room for two programs on a multiprocessor: a float32 bias took 150 and,
+# with one program, 34 to 43 % more time. Others: not measured, by what the compiled loop issues.
 TILES = TileTable(
     "int8_linear",
     {
         "wide": TileConfig(128, 128, 64, 8, 3),
-        "middle": _MIDDLE,
-        "few columns": _MIDDLE,
+        "middle": _LONG,
+        "few columns": _LONG,
         "narrow 16": TileConfig(16, 32, 256, 4, 6),
         "narrow 32": TileConfig(32, 32, 256, 4, 6),
         "narrow 16, many columns": TileConfig(16, 32, 256, 4, 4),
@@ -29,8 +31,10 @@ TILES = TileTable(
     },
     sm_90={
         "wide": TileConfig(128, 128, 128, 8, 3, registers=128),
+        "middle": _MIDDLE,
         "few columns": TileConfig(64, 32, 128, 4, 8),  # many small pieces in flight: the weight comes from memory
     },
+    gfx942={"middle": _MIDDLE, "few columns": _MIDDLE},  # 64 KiB of shared memory
 )
 
 

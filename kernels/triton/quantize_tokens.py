@@ -106,6 +106,13 @@ def padded_width(k: int) -> int:
     return max(16, -(-k // 16) * 16)
 
 
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """int8 [N, K] with rows that start at multiples of 16 bytes: `x`, or a copy that ends in zeros. Where they do not,
+    kernels load byte by byte, and the wide ones spill hundreds of registers."""
+    aligned = x.stride(0) % 16 == 0 and x.storage_offset() % 16 == 0
+    return x if aligned else torch.nn.functional.pad(x, (0, padded_width(x.shape[1]) - x.shape[1]))
+
+
 def quantize_tokens(
     x: torch.Tensor, bits: int = 8, symmetric: bool = True, panel: int = 0, rows_padded: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
