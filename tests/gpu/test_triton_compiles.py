@@ -18,6 +18,7 @@ triton_cases.require_compiler()
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "benchmarks"))
 
+import gpu_compile  # noqa: E402
 import gpu_launches  # noqa: E402
 import tcompress.kernels.triton  # noqa: E402
 from aot import CompileError, Launch, compile_launch, launches  # noqa: E402
@@ -111,6 +112,10 @@ def test_no_kernel_is_missing(cases):
     expected = launched_in_source()
     assert len(expected) > 10
     assert {(launch.module, launch.kernel) for launch in shipped(80, cases)} == expected
+
+
+def test_no_kernel_is_missing_among_the_static_figures():
+    assert {variant.kernel for variant in gpu_compile.VARIANTS.values()} == {name for _, name in launched_in_source()}
 
 
 def test_no_tile_is_missing(monkeypatch):
