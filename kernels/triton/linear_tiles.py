@@ -34,7 +34,8 @@ TILES = TileTable(
         "middle": _MIDDLE,
         "few columns": TileConfig(64, 32, 128, 4, 8),  # many small pieces in flight: the weight comes from memory
     },
-    gfx942={"middle": _MIDDLE, "few columns": _MIDDLE},  # 64 KiB of shared memory
+    # 64 KiB of shared memory
+    gfx942={"middle": _MIDDLE, "few columns": _MIDDLE, "narrow 32": TileConfig(32, 32, 256, 4, 4)},
 )
 
 
