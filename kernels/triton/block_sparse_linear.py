@@ -16,6 +16,7 @@ type of the weight where x has it too, else in float32; float32 without the matr
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 import triton
@@ -24,8 +25,9 @@ import triton.language as tl
 from . import autotune
 from .block_panels import BLOCK_COLUMNS, BLOCK_ROWS, BlockRows, load_panels, to_panels
 from .linear_finish import ACTIVATIONS, finish, finish_floats
+from .numbers import capability
 from .quantize_tokens import quantize_tokens
-from .tiles import TileConfig
+from .tiles import TileConfig, TileTable
 
 
 @triton.jit(do_not_specialize=["m", "panel_stride"])
@@ -78,12 +80,20 @@ def unsupported(pattern: str, values: torch.dtype) -> str | None:
     return None
 
 
-def block_sparse_tile(m: int, size: tuple[int, int], dtype: torch.dtype) -> TileConfig:
-    """`block_k` is J · C. By rule, not measured; chosen so that nothing spills."""
+# `block_n` becomes R, `block_k` is J · C. By rule, not measured; chosen so that nothing spills.
+TILES = TileTable(
+    "block_sparse_linear",
+    {str(m): TileConfig(m, 8, 64, 4, 3) for m in (16, 32, 64, 128)}
+    | {f"{m}, float32": TileConfig(m, 8, 32, 4, 3) for m in (16, 32)},
+)
+
+
+def block_sparse_tile(capability: int, m: int, size: tuple[int, int], dtype: torch.dtype) -> TileConfig:
+    """`dtype`: of the products. A step has at least one block."""
     floats = dtype == torch.float32
     block_m = 16 if m <= 16 else 32 if m <= 32 or floats else 64 if m <= 512 or size[0] > 16 else 128
-    block_k = max(32 if floats else 64, size[1])
-    return TileConfig(block_m, size[0], block_k, 4, 3, name=f"block_sparse_{block_m}")
+    tile = TILES.tile(capability, str(block_m) + (", float32" if floats else ""))
+    return replace(tile, block_n=size[0], block_k=max(tile.block_k, size[1]))
 
 
 def block_sparse_linear(
@@ -129,7 +139,7 @@ def block_sparse_linear(
         many = autotune.tokens(kept.column.numel())
         sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {values.dtype} {act_symmetric} {activation}"
         arguments = (x, values, kept, n, size, weight_scale, weight_sum, bias, act_bits, act_symmetric, activation)
-        stored = block_sparse_tile(m, size, dtype)
+        stored = block_sparse_tile(capability(x), m, size, dtype)
         tile = autotune.choose(
             "block_sparse_linear", sizes, stored,
             lambda: autotune.neighbours(stored, block_k=(32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4)),

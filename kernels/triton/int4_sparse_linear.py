@@ -13,6 +13,8 @@ or one; no zero points. Any number of tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,9 @@ from . import block_sparse_linear as blocks
 from .block_panels import BlockRows, load_panels
 from .int4_blocks import SYMMETRIC_ZERO
 from .linear_finish import ACTIVATIONS, finish_floats
+from .numbers import capability
 from .quantize_tokens import quantize_tokens
-from .tiles import TileConfig
+from .tiles import TileConfig, TileTable
 
 
 @triton.jit(do_not_specialize=["m", "panel_stride"])
@@ -72,10 +75,13 @@ def unsupported(pattern: str, k: int, group_size: int) -> str | None:
     return reason
 
 
-def int4_sparse_tile(m: int, size: tuple[int, int]) -> TileConfig:
-    """`block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured."""
-    block_m = 16 if m <= 16 else 64
-    return TileConfig(block_m, size[0], 32, 4, 2, name=f"int4_sparse_{block_m}")
+# `block_n` becomes R, `block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured.
+TILES = TileTable("int4_sparse_linear", {str(m): TileConfig(m, 8, 32, 4, 2) for m in (16, 64)})
+
+
+def int4_sparse_tile(capability: int, m: int, size: tuple[int, int]) -> TileConfig:
+    """For M tokens and blocks of that size."""
+    return replace(TILES.tile(capability, "16" if m <= 16 else "64"), block_n=size[0])
 
 
 def int4_sparse_linear(
@@ -115,7 +121,7 @@ def int4_sparse_linear(
         many = autotune.tokens(kept.column.numel())
         sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {groups} {act_symmetric} {activation}"
         arguments = (x, values, kept, weight_scale, size, bias, act_bits, act_symmetric, activation)
-        stored = int4_sparse_tile(m, size)
+        stored = int4_sparse_tile(capability(x), m, size)
         tile = autotune.choose(
             "int4_sparse_linear", sizes, stored,
             lambda: autotune.neighbours(stored, block_k=(32, 64), warps=(2, 4), stages=(2, 3)),
