@@ -237,5 +237,8 @@ def every() -> None:
     for m, size in ((16, (8, 4)), (32, (16, 16))):
         block_sparse(m, size, F32, dtype=F32)
     block_sparse(64, (32, 16), BF16)
+    for values in (torch.int8, BF16, F32):
+        block_sparse(1, (8, 4), values, dtype=BF16 if values == torch.int8 else values)
+    int4_sparse(1)
     int4_sparse(16)
     int4_sparse(64, (16, 16), symmetric=False)

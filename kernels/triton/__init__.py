@@ -37,6 +37,7 @@ and know the references. Importing this package imports nothing, so that it is t
     int4_linear          int4: which of the three, and their launch; W4A8 and W4A16
     block_panels         which blocks of a sparse weight are kept; activations in panels
     block_sparse_linear  int8 and float weights of which whole blocks are zero
+    block_sparse_narrow  few tokens times such a weight, 4 bits too
     int4_sparse_linear   4-bit weights of which whole blocks are zero
     two_four_linear      2:4 weights, int8 and float
 """
