@@ -48,8 +48,8 @@ def torch_encoder():
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), torch.randn(2, 7, 32)
 
 
-MODELS = {"llama": (llama, [3]), "bert": (bert, [3]), "gpt2": (gpt2, [3]), "t5": (t5, [3, 4]), "shallow_t5": (shallow_t5, [2, 2]),
-          "torch": (torch_encoder, [3])}  # fmt: skip
+MODELS = {"llama": (llama, [3]), "bert": (bert, [3]), "gpt2": (gpt2, [3]), "t5": (t5, [3, 4]),
+          "shallow_t5": (shallow_t5, [2, 2]), "torch": (torch_encoder, [3])}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

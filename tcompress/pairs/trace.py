@@ -102,7 +102,7 @@ class ScaleTrace(TorchDispatchMode):
             return func(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         self._owners.see(leaves)
-        known = [self._twins.get(leaf, {}) if isinstance(leaf, torch.Tensor) else {} for leaf in leaves]
+        known = [self._twins_of(leaf) for leaf in leaves]
         results: dict[Source, list[Any]] = {}
         for source in {source: None for twins in known for source in twins}:
             if source.reason:
@@ -146,7 +146,7 @@ class ScaleTrace(TorchDispatchMode):
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         self._inside += 1
-        for source, twins in self._twins.get(x, {}).items() if isinstance(x, torch.Tensor) else ():
+        for source, twins in self._twins_of(x).items():
             if not source.reason:
                 self._arrived(source, module, twins)
 
@@ -160,9 +160,17 @@ class ScaleTrace(TorchDispatchMode):
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or output.dim() == 0:
             source.reason = "it does not return one float tensor"
             return
-        self._inside += 1
-        self._twins[output] = {source: _start(output)}
-        self._inside -= 1
+        self._twins[output] = {source: []}  # made when they are needed: logits, which are large, mostly are not
+
+    def _twins_of(self, value: Any) -> dict[Source, list[torch.Tensor]]:
+        """The twins of a tensor, by source."""
+        twins: dict[Source, list[torch.Tensor]] = self._twins.get(value, {}) if isinstance(value, torch.Tensor) else {}
+        for source, made in twins.items():
+            if not made and not source.reason:
+                self._inside += 1
+                made += _start(value)
+                self._inside -= 1
+        return twins
 
     def _arrived(self, source: Source, reader: nn.Module, twins: list[torch.Tensor]) -> None:
         """Reads from the twins at a linear layer's input which channel each of its inputs is."""
