@@ -11,8 +11,7 @@ import torch
 from rich import get_console
 from torch import nn
 
-import tcompress.distill_step  # noqa: F401  its transform is registered
-from tcompress import calibrate
+from tcompress import calibrate, distill_step  # noqa: F401  transforms: their functions are registered
 from tcompress.errors import CompressionWarning, message
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report
