@@ -18,7 +18,7 @@ from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
 from tcompress.quantize.scheme import Scheme
-from tcompress.recipe import Prune, Quantize, Recipe, Sparse, Step
+from tcompress.recipe import Quantize, Recipe, Sparse, Step
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
 COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, CodebookLinear)
@@ -100,7 +100,7 @@ def match(
             continue
         reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
-            if isinstance(step, Prune) or (isinstance(step, Quantize) and step.scheme is None):
+            if not isinstance(step, Quantize | Sparse) or (isinstance(step, Quantize) and step.scheme is None):
                 continue
             if not any_matches(step.targets, paths, module):
                 continue

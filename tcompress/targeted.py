@@ -93,5 +93,5 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Puts modules in the places of others, at all of them, in place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]

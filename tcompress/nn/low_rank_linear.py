@@ -47,7 +47,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.expand.bias  # type: ignore[return-value]
+        return self.expand.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [..., K]. Returns [..., N]."""

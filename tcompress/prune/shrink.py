@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class _Chosen:
 
 def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
     names = {module: paths[0] for module, paths in module_names(work.model, {}).items()}
-    groups = _targeted(work, step, samples[:1], names)
+    groups = _targeted(work, step, [_small(work.model, samples[0])], names)
     if not groups:
         return False
     scores = _scores(work, step, groups, samples) if step.importance != "activation" or step.scope == "model" else None
@@ -78,6 +79,23 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
     return bool(sizes)
 
 
+def _small(model: nn.Module, sample: Any) -> Any:
+    """The first two of a batch, where the model takes them: what depends on what shows in few tokens."""
+    cut: Any = None
+    if isinstance(sample, torch.Tensor):
+        cut = sample[:2]
+    elif isinstance(sample, Mapping) and all(isinstance(t, torch.Tensor) and t.dim() > 1 for t in sample.values()):
+        cut = {key: t[:2] for key, t in sample.items()}
+    if cut is None:
+        return sample
+    try:
+        with calibrate.evaluating(model):
+            calibrate.run(model, cut)
+    except (RuntimeError, ValueError, IndexError):
+        return sample  # the first dimension is not that of the batch
+    return cut
+
+
 def _by_layer(step: Shrink) -> Shrink:
     """The step with each layer's own ranking."""
     return step.model_copy(update={"scope": "layer"})
@@ -99,9 +117,11 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
                 continue
             found = find_groups(stage.block, stage.run)
             groups += found.groups
-            for layer, reason in found.reasons.items():
-                if any_matches(step.targets, all_names[layer], layer) and step.targets != ("*",):
-                    work.layers.append(left_report(Skip(tuple(all_names[layer]), layer, reason)))
+            members = {m for g in found.groups for m in (g.consumer, *(p.layer for p in g.producers))}
+            for layer, why in found.reasons.items():
+                own = layer in stage.modules and layer not in members
+                if own and any_matches(step.targets, all_names[layer], layer):
+                    work.layers.append(left_report(Skip(tuple(all_names[layer]), layer, why)))
     kept: list[Group] = []
     for group in groups:
         if group.is_heads != (step.structure == "heads"):
@@ -109,7 +129,7 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
         layers = [group.consumer, *(p.layer for p in group.producers)]
         if not all(any_matches(step.targets, all_names[m], m) for m in layers):
             continue
-        reason = next((r for m in layers if (r := ignored(step, all_names[m], m, head))), None)
+        reason: str | None = next((r for m in layers if (r := ignored(step, all_names[m], m, head))), None)
         if reason is None and any(users[id(m.weight)] > 1 for m in layers):
             reason = "one of its weights is also another module's"
         if reason is not None:

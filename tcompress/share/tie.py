@@ -55,7 +55,7 @@ def _layers(work: Work, step: Share) -> bool:
             before = model_sizes(nn.ModuleList(members)).disk
             chosen = _tie(work, step, slots)
             after = model_sizes(nn.ModuleList(members)).disk
-            number = sum(one[0][0]._parameters[one[0][1]].numel() for one in slots)  # type: ignore[union-attr]
+            number = sum(module.get_parameter(key).numel() for module, key in (one[0] for one in slots))
             work.layers.append(_report(paths, members[0], f"shared by {len(members)}: {chosen}", number, before, after))
             tied = True
         left = len(chain) % step.group
