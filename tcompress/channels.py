@@ -185,6 +185,26 @@ def find_groups(part: nn.Module, run: Callable[[], Any]) -> Found:
     return found
 
 
+def moved(found: Found, part: nn.Module, to: nn.Module) -> Found:
+    """What was found in one part of a model, of another with the same modules by name."""
+    if part is to:
+        return found
+    names, there = {m: name for name, m in part.named_modules()}, dict(to.named_modules())
+    other = {m: there[name] for m, name in names.items()}
+    groups = [
+        Group(
+            other[g.consumer],
+            g.inputs,
+            tuple(Producer(other[p.layer], p.units) for p in g.producers),
+            g.count,
+            other[g.within],
+            tuple((other[m], name) for m, name in g.numbers),
+        )
+        for g in found.groups
+    ]
+    return Found(groups, {other[m]: reason for m, reason in found.reasons.items()})
+
+
 def _units(
     probe: Probe, consumer: nn.Module, producers: Sequence[nn.Module]
 ) -> tuple[int, tuple[torch.Tensor, ...]] | None:

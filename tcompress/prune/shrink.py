@@ -13,7 +13,7 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.block_walk import Stage, collect, walk, weight_key
-from tcompress.channels import Group, find_groups, is_plain_linear
+from tcompress.channels import Found, Group, find_groups, is_plain_linear, moved
 from tcompress.errors import message
 from tcompress.match import Skip, any_matches, ignored, module_names, output_embeddings
 from tcompress.prune.config import fit_sizes
@@ -111,11 +111,16 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     all_names, head = module_names(work.model, {}), output_embeddings(work.model)
     groups: list[Group] = []
+    known: dict[object, tuple[Found, nn.Module]] = {}
     with calibrate.evaluating(work.model):
         for stage in walk(work.model, samples, linear):
             if not stage.modules:
                 continue
-            found = find_groups(stage.block, stage.run)
+            # Blocks that look alike are taken to be alike; slicing checks each.
+            looks = _looks(stage.block)
+            if looks not in known:
+                known[looks] = find_groups(stage.block, stage.run), stage.block
+            found = moved(*known[looks], stage.block)
             groups += found.groups
             members = {m for g in found.groups for m in (g.consumer, *(p.layer for p in g.producers))}
             for layer, why in found.reasons.items():
@@ -140,6 +145,12 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
     if not kept:
         work.notes.append(f"shrink: no {step.structure} were found among the targeted layers")
     return kept
+
+
+def _looks(block: nn.Module) -> object:
+    """The same for blocks whose modules have the same names, classes and sizes."""
+    shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
+    return tuple((name, type(m)) for name, m in block.named_modules()), tuple(shapes.items())
 
 
 def _is_index(model: nn.Module, module: nn.Module, name: str) -> bool:
