@@ -43,11 +43,11 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], the product of the factors, computed at each access."""
-        return self.expand.weight @ self.reduce.weight  # type: ignore[operator,return-value]
+        return self.expand.weight @ self.reduce.weight  # type: ignore[operator]
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self.expand.bias
+        return self.expand.bias  # type: ignore[return-value]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [..., K]. Returns [..., N]."""
