@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,14 +39,6 @@ def run(work: Work, step: Shrink) -> None:
         work.notes.append(f"shrink: {step.structure}: nothing was removed")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What stays of a group: bool [units]."""
-
-    group: Group
-    kept: torch.Tensor
-
-
 def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
     names = {module: paths[0] for module, paths in module_names(work.model, {}).items()}
     groups = _targeted(work, step, [_small(work.model, samples[0])], names)
@@ -74,7 +66,7 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
                 else:
                     work.layers.append(_left(group, names, "it has no calibration inputs"))
                     continue
-                sizes += _apply(work, step, _Chosen(group, kept), hessian, stage, names)
+                sizes += _apply(work, step, group, kept, hessian, stage, names)
     fit_sizes(work.model, sizes)
     return bool(sizes)
 
@@ -239,16 +231,18 @@ def _at_least(number: int, count: int, multiple: int) -> int:
 def _apply(
     work: Work,
     step: Shrink,
-    chosen: _Chosen,
+    group: Group,
+    kept: torch.Tensor,
     hessian: torch.Tensor | None,
     stage: Stage,
     names: Mapping[nn.Module, str],
 ) -> list[tuple[int, int]]:
-    """Slices a group; returns the sizes that changed, from and to."""
-    group, kept = chosen.group, chosen.kept
+    """Slices a group to the units that stay, bool [units]; returns the sizes that changed, from and to."""
     count, left = group.count, int(kept.sum())
     if left == count:
-        work.layers.append(_left(group, names, f"{step.ratio:.0%} of {count} {_unit(group)} is none"))
+        none = "none of them is among the least of the model"
+        none = none if step.scope == "model" else f"{step.ratio:.0%} of {count} {_unit(group)} is none"
+        work.layers.append(_left(group, names, none))
         return []
     layers = [group.consumer, *(p.layer for p in group.producers)]
     before = [model_sizes(m).disk for m in layers]
@@ -285,20 +279,16 @@ def _left(group: Group, names: Mapping[nn.Module, str], reason: str) -> LayerRep
     return left_report(Skip(tuple(names[m] for m in layers), group.consumer, reason))
 
 
-class _plain_attention:
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
     """Models of `transformers` with attention written out, where a number of heads that is wrong shows."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.before: object = getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-    def __enter__(self) -> None:
-        self._set("eager")
-
-    def __exit__(self, *error: object) -> None:
-        self._set(self.before)
-
-    def _set(self, name: object) -> None:
-        setter = getattr(self.model, "set_attn_implementation", None)
-        if callable(setter) and isinstance(self.before, str) and self.before != "eager":
-            setter(name)
+    setter = getattr(model, "set_attn_implementation", None)
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if not callable(setter) or not isinstance(before, str) or before == "eager":
+        yield
+        return
+    setter("eager")
+    try:
+        yield
+    finally:
+        setter(before)
