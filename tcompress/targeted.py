@@ -19,6 +19,7 @@ from tcompress.match import (
     why_not,
 )
 from tcompress.recipe import Step
+from tcompress.replace import disable_torch_fast_path
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
 from tcompress.weights import linear_weight
@@ -93,5 +94,6 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Puts modules in the places of others, at all of them, in place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    disable_torch_fast_path(model)
