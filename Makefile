@@ -49,9 +49,10 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -m "slow or not slow"
 
-# The emulators, interpreters and compilers of GPU code: what can be shown without a GPU.
+# The emulators, interpreters and compilers of GPU code: what can be shown without a GPU. A process for each core, each
+# with one thread.
 test-gpu-emulated: $(VENV)/.gpu
-	$(BIN)/pytest tests/gpu -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/gpu -m "slow or not slow" -n auto --dist worksteal
 
 test-gpu: $(VENV)/.gpu
 	$(BIN)/pytest tests/gpu/test_on_gpu.py

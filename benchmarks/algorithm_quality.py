@@ -35,6 +35,11 @@ def prune(pattern: str, algorithm: str) -> dict[str, Any]:
     return step if ":" in pattern else {**step, "sparsity": 0.5}
 
 
+def before(step: dict[str, Any], scheme: str, algorithm: str) -> list[list[dict[str, Any]]]:
+    """A step that leaves the model in floating point, and the quantization after it, in one recipe."""
+    return [[step, quantize(scheme, algorithm)]]
+
+
 #: What finds the integers of weights: "gptq range=minmax sweeps=0" is the paper's.
 WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rtn", {}),
@@ -59,6 +64,21 @@ SETTINGS: dict[str, list[list[dict[str, Any]]]] = {
         f"W8A8 rtn{f' outliers={outliers}' if outliers else ''}": [[quantize("W8A8", "rtn", outliers=outliers)]]
         for outliers in (None, 8, 4, 3)
     },
+    **{
+        f"{scheme} {step} + {a}": before({"step": step}, scheme, a)
+        for scheme in ("W4A16-g128", "W4A16")
+        for step in ("awq", "rotate")
+        for a in ("rtn", "gptq")
+    },
+    **{
+        f"{scheme} rotate + awq + {a}": [[{"step": "rotate"}, {"step": "awq"}, quantize(scheme, a)]]
+        for scheme in ("W4A16-g128", "W4A16")
+        for a in ("rtn", "gptq")
+    },
+    "W8A8 smooth + rtn": before({"step": "smooth"}, "W8A8", "rtn"),
+    "W8A8 smooth norm + rtn": before({"step": "smooth", "sources": "norm"}, "W8A8", "rtn"),
+    "W8A8 smooth auto + rtn": before({"step": "smooth", "alpha": "auto"}, "W8A8", "rtn"),
+    "W8A8 rotate + rtn": before({"step": "rotate"}, "W8A8", "rtn"),
     **{
         f"50 % {pattern} {a}": [[prune(pattern, a)]]
         for pattern in ("unstructured", "2:4", "1x4", "8x4")

@@ -6,7 +6,13 @@
 
 namespace {
 
-Tensor int4_sparse_prepack(const Tensor& weight_in, const Tensor& scale_in, int64_t group_size) {
+void check_layout_name(const std::string& layout) {
+  require(layout == "8x4", "int4_sparse_linear: layout: expected 8x4 on the CPU");
+}
+
+Tensor int4_sparse_prepack(const Tensor& weight_in, const Tensor& scale_in, int64_t group_size,
+                           const std::string& layout_name) {
+  check_layout_name(layout_name);
   require(weight_in.dim() == 2 && weight_in.scalar_type() == ScalarType::Char,
           "int4_sparse_prepack: weight: expected int8 [N, K]");
   const int64_t n = weight_in.size(0), k = weight_in.size(1);
@@ -41,7 +47,8 @@ cpu::Int4SparseLayout checked_layout(const Tensor& packed, int64_t n, int64_t k,
 }
 
 std::tuple<Tensor, Tensor> int4_sparse_unpack(const Tensor& packed, int64_t n, int64_t k, int64_t group_size,
-                                              ScalarType scale_type) {
+                                              ScalarType scale_type, const std::string& layout_name) {
+  check_layout_name(layout_name);
   const cpu::Int4SparseLayout layout = checked_layout(packed, n, k, group_size, int4_scale_dtype(scale_type));
   Tensor weight = torch::stable::new_empty(packed, {n, k}, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(packed, {n, layout.groups}, scale_type);
@@ -53,7 +60,8 @@ std::tuple<Tensor, Tensor> int4_sparse_unpack(const Tensor& packed, int64_t n, i
 Tensor int4_sparse_linear(const Tensor& x, const Tensor& kernel_weight, int64_t n, const std::optional<Tensor>& bias_in,
                           int64_t group_size, ScalarType scale_type, int64_t act_bits, bool act_symmetric,
                           const std::string& activation, std::optional<ScalarType> out_dtype,
-                          const std::optional<Tensor>& residual_in) {
+                          const std::optional<Tensor>& residual_in, const std::string& layout_name) {
+  check_layout_name(layout_name);
   Input in(x, out_dtype);
   check_act_bits(act_bits, act_symmetric);
   const DType scale_dtype = int4_scale_dtype(scale_type);

@@ -4,6 +4,8 @@ from tcompress import cuda_backend, nn, ops, triton_backend  # noqa: F401  backe
 from tcompress.advisor import Advice, Target, advise
 from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
+from tcompress.distill.student import narrower, student_of
+from tcompress.distill_step import DistillResult, distill
 from tcompress.formats.checkpoint import load, save
 from tcompress.integrations.transformers_attention import register_when_imported
 from tcompress.kv_cache import KVCache
@@ -15,7 +17,8 @@ from tcompress.ops import (
     quantized_attention_varlen,
 )
 from tcompress.quantize import QuantArgs, Scheme
-from tcompress.recipe import Prune, Quantize, Recipe, Sparse, presets
+from tcompress.ratios import global_ratios, search_ratios
+from tcompress.recipe import Distill, Prune, Quantize, Recipe, Sparse, presets
 from tcompress.report.report import Report
 
 __version__ = "0.1.0"
@@ -25,6 +28,8 @@ register_when_imported()
 __all__ = [
     "Advice",
     "CompressResult",
+    "Distill",
+    "DistillResult",
     "KVCache",
     "Prune",
     "QuantArgs",
@@ -36,17 +41,22 @@ __all__ = [
     "Target",
     "advise",
     "compress",
+    "distill",
     "explain",
+    "global_ratios",
     "int8_attention",
     "int8_attention_varlen",
     "load",
     "mixed_precision",
+    "narrower",
     "nn",
     "ops",
     "presets",
     "quantized_attention",
     "quantized_attention_varlen",
     "save",
+    "search_ratios",
+    "student_of",
     "use_backend",
     "use_cpu_path",
 ]

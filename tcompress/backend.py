@@ -192,6 +192,13 @@ def select(op: str, *args: Any, **kwargs: Any) -> str:
     return "reference"
 
 
+def kernel_for(op: str, *args: Any) -> str | None:
+    """As `select`, but None instead of the reference, and instead of an error where the forced backend cannot run."""
+    names = kernels(op) if _forced is None else (_forced,)
+    able = (name for name in names if name in _kernels.get(op, {}) and _kernels[op][name](*args) is None)
+    return next(able, None)
+
+
 def _warn_once(op: str) -> None:
     global _warned
     if not torch.compiler.is_compiling():

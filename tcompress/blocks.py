@@ -33,11 +33,12 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
 
     A chain is a `torch.nn.ModuleList` of two or more members that were each called once on this batch, in order, one
     after the other's end, each with the first tensor that the one before returned; nothing that an earlier one returned
-    may go past it, unless that one hands it on. Chains do not lie in one another, and the longer of two is taken.
+    may go past it, unless that one hands it on; and all return alike, so that one can hand out what another returned.
+    Chains do not lie in one another, and the longer of two is taken.
     """
     lists = {id(m): m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     members = {member for m in lists.values() for member in m}
-    calls: list[tuple[nn.Module, int, int, list[torch.Tensor], list[torch.Tensor]]] = []
+    calls: list[tuple[nn.Module, int, int, list[torch.Tensor], list[torch.Tensor], Any]] = []
     clock = 0
     with ExitStack() as stack:
         starts: dict[nn.Module, list[int]] = {}
@@ -51,7 +52,7 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
             nonlocal clock
             clock += 1
             given = [*tensors_in(args), *tensors_in(kwargs)]
-            calls.append((module, starts[module].pop(), clock, given, list(tensors_in(output))))
+            calls.append((module, starts[module].pop(), clock, given, list(tensors_in(output)), _shape_of(output)))
 
         for member in members:
             stack.callback(member.register_forward_pre_hook(before).remove)
@@ -72,10 +73,12 @@ def _is_chain(members: Sequence[nn.Module], calls: list[Any]) -> bool:
     own = [call for call in calls if call[0] in set(members)]
     if [call[0] for call in own] != list(members):
         return False
+    if any(call[-1] != own[0][-1] for call in own):
+        return False
     returned: list[set[int]] = []
-    for i, (_, start, _, given, output) in enumerate(own):
+    for i, (_, start, _, given, output, _) in enumerate(own):
         if i:
-            _, _, end, _, previous = own[i - 1]
+            _, _, end, _, previous, _ = own[i - 1]
             # By `is`: a tensor that was changed on the way would not come from the block before.
             if start < end or not previous or not any(t is previous[0] for t in given):
                 return False
@@ -84,6 +87,15 @@ def _is_chain(members: Sequence[nn.Module], calls: list[Any]) -> bool:
                 return False
         returned.append({id(t) for t in output})
     return True
+
+
+def _shape_of(output: Any) -> Any:
+    """A block's output without its values: how it is nested."""
+    if isinstance(output, Mapping):
+        return type(output), {key: _shape_of(item) for key, item in output.items()}
+    if isinstance(output, tuple | list):
+        return type(output), [_shape_of(item) for item in output]
+    return isinstance(output, torch.Tensor)
 
 
 class BlockRunner:

@@ -90,8 +90,49 @@ class OutputError:
         return sqnr_db(self.signal, self.noise) if self.calls else None
 
 
+#: Elements that are converted to float64 at a time.
+PIECE = 2**20
 #: Cosine of a model's output in floating point under our attention function to that under its own.
 _SAME_FUNCTION = 0.9999
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a model's output was on a batch, to be compared with later: evenly spaced rows of a large one.
+
+    Attributes:
+        batch: the input.
+        shape: of the first float tensor that the model returned.
+        rows: of that tensor [..., C], or all of it.
+        finite: whether it held neither NaN nor infinity.
+    """
+
+    batch: Any
+    shape: torch.Size
+    rows: torch.Tensor
+    finite: bool
+
+    @classmethod
+    def of(cls, batch: Any, output: torch.Tensor) -> Reference:
+        """Takes what is kept of an output."""
+        rows = _spaced(output)
+        # A view would hold all of it.
+        return cls(batch, output.shape, rows.clone() if rows is not output else output, finite(output))
+
+    def cosine_to(self, output: torch.Tensor) -> float:
+        """Of an output of the same shape."""
+        return cosine(_spaced(output), self.rows)
+
+
+def _spaced(output: torch.Tensor) -> torch.Tensor:
+    if output.numel() <= PIECE or output.dim() < 2:
+        return output
+    return output.reshape(-1, output.shape[-1])[:: math.ceil(output.numel() / PIECE)]
+
+
+def finite(output: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    return all(bool(torch.isfinite(part).all()) for part in output.flatten().split(PIECE))
 
 
 @dataclass
@@ -101,15 +142,14 @@ class Comparison:
     Attributes:
         layers: errors by replaced module.
         attention: errors in the order of the matches.
-        batch, output: the first batch, and the model's first output tensor on it.
+        reference: the first batch, and the model's output on it; None where that holds no float tensor.
         same_function: whether the output stayed what it was when `transformers` attention was computed by our function,
             still in floating point. It is not where a model does more than its attention function is told.
     """
 
     layers: dict[nn.Module, OutputError]
     attention: list[AttentionError]
-    batch: Any
-    output: torch.Tensor | None
+    reference: Reference | None
     same_function: bool = True
 
 
@@ -127,7 +167,7 @@ def compare_outputs(
     stream = batches(data)
     first = next(stream)
     with evaluating(model), ExitStack() as stack:
-        expected = first_tensor(run(model, first)) if hugging_face else None
+        expected = reference(model, first) if hugging_face else None
         if hugging_face:
             stack.enter_context(attached(model, hugging_face))
         for m, error in zip(attentions, errors, strict=True):
@@ -137,19 +177,45 @@ def compare_outputs(
                 stack.callback(m.module.register_forward_hook(_also(m.converted), with_kwargs=True).remove)
         for old, layer_error in layers.items():
             stack.callback(old.register_forward_hook(layer_error.hook, with_kwargs=True).remove)
-        output = first_tensor(run(model, first))
+        output = reference(model, first)
         for batch in stream:
             run(model, batch)
-    found = Comparison(layers, errors, first, output)
+    found = Comparison(layers, errors, output if expected is None else expected)
     if expected is not None and output is not None:
-        found.output = expected
-        found.same_function = cosine(output.nan_to_num(), expected.nan_to_num()) >= _SAME_FUNCTION
+        found.same_function = output.shape == expected.shape and (
+            cosine(output.rows.nan_to_num(), expected.rows.nan_to_num()) >= _SAME_FUNCTION
+        )
     return found
 
 
+def reference(model: nn.Module, batch: Any) -> Reference | None:
+    """Runs a model, in evaluation mode, on a batch; None if it returns no float tensor."""
+    output = first_tensor(run(model, batch))
+    return None if output is None else Reference.of(batch, output)
+
+
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of two tensors taken as vectors."""
-    return float(nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+    """Cosine of two tensors taken as vectors, in float64 piece by piece: the logits of a sample can be as large as the
+    model."""
+    sums = [0.0, 0.0, 0.0]
+    for x, y in zip(a.detach().flatten().split(PIECE), b.detach().flatten().split(PIECE), strict=True):
+        x, y = x.double(), y.double()
+        for n, value in enumerate((x @ y, x @ x, y @ y)):
+            sums[n] += float(value)
+    dot, one, other = sums
+    # As torch.nn.functional.cosine_similarity: each norm is at least 1e-8.
+    return dot / (max(math.sqrt(one), 1e-8) * max(math.sqrt(other), 1e-8)) if dot == dot else math.nan
+
+
+def squared_errors(weight: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
+    """ΣW² and Σ(Ŵ - W)² in float64, piece by piece."""
+    signal = noise = 0.0
+    rows = max(PIECE // max(weight.shape[1:].numel(), 1), 1)
+    for w, s in zip(weight.detach().split(rows), stored.detach().split(rows), strict=True):
+        w, s = w.double(), s.double()
+        signal += float(w.square().sum())
+        noise += float((s - w).square().sum())
+    return signal, noise
 
 
 def _also(other: nn.Module) -> Callable[..., None]:

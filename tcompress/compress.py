@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import get_console
 from torch import nn
 
-from tcompress import calibrate
+from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.errors import CompressionWarning, message
+from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report
 from tcompress.report.size import Sizes, model_sizes
 from tcompress.samples import Samples
+from tcompress.share import codebook_step, low_rank_step, tie  # noqa: F401  declare their steps
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
 
@@ -79,12 +80,10 @@ def compress(
     else:
         swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume)
     layers, notes = swapped.layers, swapped.notes
-    first: tuple[Any, torch.Tensor] | None = None
+    reference = swapped.reference
     if work is not None:
-        layers, notes, first = [*work.layers, *layers], [*work.notes, *notes], work.first
-    elif swapped.comparison is not None and swapped.comparison.output is not None:
-        first = swapped.comparison.batch, swapped.comparison.output
-    cosine = None if first is None else _output_cosine(swapped.model, *first, notes)
+        layers, notes, reference = [*work.layers, *layers], [*work.notes, *notes], work.reference
+    cosine = None if reference is None else _output_cosine(swapped.model, reference, notes)
     if samples is not None:
         notes = [*samples.notes, *notes]
     after = model_sizes(swapped.model)
@@ -116,20 +115,20 @@ def _transformed(
     return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers, resume=resume)
 
 
-def _output_cosine(model: nn.Module, batch: Any, expected: torch.Tensor, notes: list[str]) -> float | None:
+def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[str]) -> float | None:
     """Cosine of the whole model's output on the first batch to what it was."""
     with calibrate.evaluating(model):
-        got = calibrate.first_tensor(calibrate.run(model, batch))
-    if got is None or got.shape != expected.shape:
+        after = calibrate.first_tensor(calibrate.run(model, before.batch))
+    if after is None or after.shape != before.shape:
         notes.append("the compressed model's output has another shape")
         return None
-    if not torch.isfinite(expected).all():
+    if not before.finite:
         notes.append("the model's output is not finite on the data, before compression already")
         return None
-    if not torch.isfinite(got).all():
+    if not calibrate.finite(after):
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
-    return calibrate.cosine(got, expected)
+    return before.cosine_to(after)
 
 
 def _size_notes(before: Sizes, after: Sizes) -> list[str]:

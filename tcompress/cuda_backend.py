@@ -15,6 +15,7 @@ import torch
 
 from tcompress import backend
 from tcompress.kernels.triton.bindings import IN_CPU_LAYOUT, MAX_HEAD
+from tcompress.ops.sparse_mma import MMA_TWO_FOUR
 
 LOWEST_CAPABILITY = (8, 0)
 
@@ -91,6 +92,26 @@ def _attention(
     return None
 
 
+def _layout(layout: str) -> str | None:
+    return None if layout == MMA_TWO_FOUR else f"layout {layout!r}: the CUDA kernel reads {MMA_TWO_FOUR!r}"
+
+
+def _sparse_linear(
+    x: torch.Tensor,
+    kernel_weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: str = "1x4",
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    return _layout(layout)
+
+
+def _sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> str | None:
+    return _layout(layout)
+
+
 def _with_shared_reasons(unsupported: Callable[..., str | None]) -> Callable[..., str | None]:
     def checked(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
         return why_not_here(x) or unsupported(x, *args, **kwargs)
@@ -104,6 +125,10 @@ UNSUPPORTED: dict[str, Callable[..., str | None]] = {
     "int8_linear": _linear,
     "int8_linear_quantized": _linear_quantized,
     "quantized_attention": _attention,
+    "int8_sparse_linear": _sparse_linear,
+    # packed by the reference, which the dispatcher takes where C++ has registered nothing
+    "sparse_prepack": lambda weight, layout: _layout(layout),
+    "sparse_unpack": _sparse_unpack,
 }
 for _op, _unsupported in UNSUPPORTED.items():
     backend.register_kernel(_op, "cuda", unsupported=_with_shared_reasons(_unsupported))

@@ -13,15 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from tcompress.errors import message
-from tcompress.nn import OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import CodebookLinear, OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
 from tcompress.quantize.scheme import Scheme
-from tcompress.recipe import Prune, Quantize, Recipe, Sparse
+from tcompress.recipe import Quantize, Recipe, Sparse, Step
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
-COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear)
+COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear, CodebookLinear)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def match(
             continue
         reasons: list[str] = []  # a step that leaves a module leaves it to the later ones
         for step in recipe.steps:
-            if isinstance(step, Prune) or (isinstance(step, Quantize) and step.scheme is None):
+            if not isinstance(step, Quantize | Sparse) or (isinstance(step, Quantize) and step.scheme is None):
                 continue
             if not any_matches(step.targets, paths, module):
                 continue
@@ -208,7 +208,7 @@ def any_matches(patterns: tuple[str, ...], names: list[str], module: nn.Module) 
         raise ValueError(message("match", "pattern", error.pattern, "a regular expression", str(error))) from error
 
 
-def ignored(step: Quantize | Sparse | Prune, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
+def ignored(step: Step, names: list[str], module: nn.Module, head: nn.Module | None) -> str | None:
     for pattern in step.ignore:
         if any_matches((pattern,), names, module):
             return f"ignored by {pattern!r}"

@@ -19,6 +19,7 @@ from tcompress.match import (
     why_not,
 )
 from tcompress.prune import magnitude_mask
+from tcompress.ratios import sparsities_by_magnitude
 from tcompress.recipe import Prune, Recipe
 from tcompress.weights import is_conv1d, linear_weight
 
@@ -57,6 +58,7 @@ def prune_masks(
         return pruned, skips
     head = output_embeddings(model)
     by_weight: dict[tuple[int, bool], tuple[Prune, torch.Tensor]] = {}
+    ranked = {step: sparsities_by_magnitude(model, step, converted) for step in steps if step.scope == "model"}
     for module, names in module_names(model, converted).items():
         for step in steps if has_own_weight(module) else ():
             if not any_matches(step.targets, names, module):
@@ -67,8 +69,9 @@ def prune_masks(
                 continue
             key = (id(module.weight), is_conv1d(module))
             if key not in by_weight:
+                own = step.model_copy(update={"sparsity": ranked[step][key]}) if key in ranked.get(step, {}) else step
                 try:
-                    by_weight[key] = step, magnitude_mask(linear_weight(module), step.pattern, step.sparsity)
+                    by_weight[key] = own, magnitude_mask(linear_weight(module), own.pattern, own.sparsity)
                 except ValueError as error:
                     raise ValueError(f"compress: {names[0] or '(root)'}: {error}") from error
             pruned[module] = Pruned(tuple(names), *by_weight[key])

@@ -11,7 +11,15 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.match import Match
-from tcompress.nn import Int8MultiheadAttention, OutlierLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
+from tcompress.nn import (
+    CodebookLinear,
+    Int8MultiheadAttention,
+    LowRankLinear,
+    OutlierLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    SparseLinear,
+)
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs
@@ -172,4 +180,5 @@ def disable_torch_fast_path(model: nn.Module) -> None:
 
 
 def _has_compressed(module: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear | SparseLinear | Int8MultiheadAttention) for m in module.modules())
+    kinds = QuantizedLinear | SparseLinear | CodebookLinear | LowRankLinear | Int8MultiheadAttention
+    return any(isinstance(m, kinds) for m in module.modules())

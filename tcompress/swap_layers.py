@@ -25,6 +25,7 @@ from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
 from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
+from tcompress.structure import carry
 from tcompress.weights import linear_weight
 
 #: What is said of a layer whose zeros no kernel turns into time.
@@ -39,7 +40,7 @@ class Swapped:
         model: the new one.
         layers, attention: what the report says of each.
         notes: what there is to warn of.
-        comparison: of the layers on the data, None without data.
+        reference: the model's output on the first batch of the data, before; None without data.
         smaller_is_meant: whether the recipe's steps were to make the file smaller.
     """
 
@@ -47,7 +48,7 @@ class Swapped:
     layers: list[LayerReport]
     attention: list[AttentionReport]
     notes: list[str]
-    comparison: calibrate.Comparison | None
+    reference: calibrate.Reference | None
     smaller_is_meant: bool
 
 
@@ -112,6 +113,8 @@ def swap_layers(
     for m in attentions:
         if m.converted is not None:
             replacements[m.module] = replace.assembled(m.converted, replacements)
+    for old, new in replacements.items():
+        carry(old, new)
     compressed = replace.swap(model, replacements, inplace=inplace)
     attention_step.install(compressed, attentions, attention)
     fuse(compressed)
@@ -120,7 +123,7 @@ def swap_layers(
         layers=layers + skipped,
         attention=attention + attention_step.skipped(attention_skips),
         notes=notes + _speed_notes(replacements),
-        comparison=found,
+        reference=None if found is None else found.reference,
         smaller_is_meant=bool(matches),
     )
 
@@ -174,9 +177,8 @@ def _pruned_report(
 def _changed_report(
     names: tuple[str, ...], module: nn.Module, replacement: nn.Module, stored: torch.Tensor, action: str, reason: str
 ) -> LayerReport:
-    weight = linear_weight(module).detach().double()
-    stored = stored.detach().double()
-    sqnr = calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum()))
+    weight = linear_weight(module)
+    sqnr = calibrate.sqnr_db(*calibrate.squared_errors(weight, stored))
     return LayerReport(
         name=names[0],
         aliases=names[1:],
@@ -186,7 +188,7 @@ def _changed_report(
         shape=tuple(weight.shape),
         bytes_before=model_sizes(module).disk,
         bytes_after=model_sizes(replacement).disk,
-        sparsity=float((stored == 0).double().mean()),
+        sparsity=int((stored == 0).sum()) / max(stored.numel(), 1),
         weight_sqnr_db=sqnr,
     )
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from tcompress import calibrate
 from tcompress.errors import message
-from tcompress.recipe import Recipe, Transform
+from tcompress.recipe import Distill, Prune, Recipe, Transform
 from tcompress.report.report import LayerReport
+from tcompress.swap_layers import swap_layers
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Work:
         notes: what to warn of; a transform adds what it left alone and why.
         layers: what the report says of each module that was changed.
         progress: whether to show progress on a terminal.
-        first: the first batch and the model's first output tensor on it, before any change; None without data.
+        reference: the first batch and the model's output on it, before any change; None without data.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Work:
     notes: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     progress: bool = False
-    first: tuple[Any, torch.Tensor] | None = None
+    reference: calibrate.Reference | None = None
 
     def data(self, step: Transform, why: str) -> list[Any]:
         """The samples of a step that cannot do without; `why` ends the error's text.
@@ -73,7 +73,8 @@ def has_transforms(recipe: Recipe) -> bool:
 def transform(
     model: nn.Module, recipe: Recipe, data: Any, inplace: bool = False, progress: bool = False
 ) -> tuple[Work, Recipe | None]:
-    """Runs the transforms of a recipe in its order.
+    """Runs the transforms of a recipe in its order. Before a `Distill` step the `Prune` steps that stand before it are
+    run too, by whatever algorithm: it trains the model that they leave.
 
     Args:
         data: as for `compress`.
@@ -85,16 +86,35 @@ def transform(
     Raises:
         ValueError: what the steps raise. With `inplace` the model may then be changed in part.
     """
-    steps = [step for step in recipe.steps if isinstance(step, Transform)]
     samples = None if data is None else list(calibrate.batches(data))
-    work = Work(model if inplace else copy.deepcopy(model), model, recipe, samples, progress=progress)
+    teaches = any(isinstance(step, Distill) for step in recipe.steps)
+    original = copy.deepcopy(model) if inplace and teaches else model
+    work = Work(model if inplace else copy.deepcopy(model), original, recipe, samples, progress=progress)
     if samples is not None:
         with calibrate.evaluating(model):
-            output = calibrate.first_tensor(calibrate.run(model, samples[0]))
-        work.first = None if output is None else (samples[0], output)
-    for step in steps:
-        _RUN[type(step)](work, step)
-    return work, rest_of(recipe, steps)
+            work.reference = calibrate.reference(model, samples[0])
+    done: list[Any] = []
+    for step in recipe.steps:
+        if isinstance(step, Transform):
+            if isinstance(step, Distill):
+                done += _pruned_before(work, step, done)
+            _RUN[type(step)](work, step)
+            done.append(step)
+    return work, rest_of(recipe, done)
+
+
+def _pruned_before(work: Work, distill: Distill, done: Sequence[Any]) -> list[Prune]:
+    """Runs the pruning steps that stand before a step and were not run yet."""
+    place = next(i for i, step in enumerate(work.recipe.steps) if step is distill)
+    prunes = [s for s in work.recipe.steps[:place] if isinstance(s, Prune) and not any(s is other for other in done)]
+    if prunes:
+        alone = next(work.model.children(), None) is None  # a single layer cannot be replaced in its own place
+        recipe = work.recipe.model_copy(update={"steps": tuple(prunes)})
+        swapped = swap_layers(work.model, recipe, work.samples, not alone, work.progress, required=False)
+        work.model = swapped.model
+        work.layers += swapped.layers
+        work.notes += swapped.notes
+    return prunes
 
 
 def rest_of(recipe: Recipe, done: Sequence[Any]) -> Recipe | None:

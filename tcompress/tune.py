@@ -2,7 +2,8 @@
 
 A measurement is kept by layer size, candidates, densities, types, CPU path, threads, processor and version, in
 `$XDG_CACHE_HOME/tcompress/tune.json` (`~/.cache` by default): layers alike are measured once. `TCOMPRESS_TUNE=0`
-measures nothing and takes a stored model of costs; what was measured before is then not looked at either.
+measures nothing and takes a stored model of costs; what was measured before is then not looked at either. On a GPU
+see `tune_gpu`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from tcompress import backend
+from tcompress import backend, tune_gpu
 from tcompress.errors import message
 from tcompress.ops.sparse_prepack import LAYOUTS, WORD, blocks_of
 from tcompress.ops.sparse_two_four import TWO_FOUR
@@ -30,6 +31,8 @@ from tcompress.sparse_kernel import DENSE, SparseKernel
 
 #: A sparse layout must be this much faster than the dense one to be taken: less is noise.
 MARGIN = 0.97
+#: For how many tokens a layout is chosen if nothing else is said.
+TOKENS = 128
 ROUNDS = 7
 ROUND_SECONDS = 0.004
 #: A median call so many times as long as the fastest one: another process has the processor, and nothing is kept.
@@ -50,7 +53,8 @@ class Choice:
         tokens: for how many tokens.
         seconds: of each candidate, by layout.
         source: "measured", "measured on a busy machine" (and not kept), "cached" (measured before), "model"
-            (TCOMPRESS_TUNE=0), "model: the machine is too busy to measure", or "the only one".
+            (TCOMPRESS_TUNE=0), "model: the machine is too busy to measure", "model: no GPU to measure on", or "the only
+            one".
     """
 
     kernel: SparseKernel
@@ -67,7 +71,7 @@ class Choice:
 
 
 def choose(
-    weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int = 128, dtype: torch.dtype = torch.float32
+    weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int = TOKENS, dtype: torch.dtype = torch.float32
 ) -> Choice:
     """The fastest of some kernels for a weight.
 
@@ -85,12 +89,15 @@ def choose(
     if tokens < 1:
         raise ValueError(message("tune", "tokens", tokens, "at least 1"))
     tuning = os.environ.get("TCOMPRESS_TUNE", "1") != "0"
-    key = _key(weight, kernels, tokens, dtype)
-    known = _read().get(key, {}) if tuning else {}
+    possible = not tune_gpu.concerns(weight, kernels) or tune_gpu.can_measure(weight)
+    key = _key(weight, kernels, tokens, dtype) if tuning and possible else ""
+    known = _read().get(key, {}) if key else {}
     if len(kernels) == 1:
         seconds, source = {kernels[0].layout: 0.0}, "the only one"
     elif not tuning:
-        seconds, source = _model(weight, kernels, tokens), "model"
+        seconds, source = _model(weight, kernels, tokens, dtype), "model"
+    elif not possible:
+        seconds, source = _model(weight, kernels, tokens, dtype), "model: no GPU to measure on"
     elif known.keys() == {kernel.layout for kernel in kernels}:
         seconds, source = known, "cached"
     else:
@@ -98,8 +105,8 @@ def choose(
         source = "measured on a busy machine" if busy else "measured"
         if not busy:
             _write({key: seconds})
-        elif _implausible(seconds, _model(weight, kernels, tokens)):
-            seconds, source = _model(weight, kernels, tokens), "model: the machine is too busy to measure"
+        elif _implausible(seconds, _model(weight, kernels, tokens, dtype)):
+            seconds, source = _model(weight, kernels, tokens, dtype), "model: the machine is too busy to measure"
     best = min(kernels, key=lambda kernel: seconds[kernel.layout] * (MARGIN if kernel.layout == DENSE else 1))
     return Choice(best, tokens, seconds, source)
 
@@ -111,6 +118,8 @@ def measure(
 
     The fastest, because a thread that loses its core makes a call hundreds of times as long.
     """
+    if tune_gpu.concerns(weight, kernels):
+        return tune_gpu.measure(weight, kernels, tokens, dtype), False
     n, k = weight.shape
     # Types and device in words: a program may have other defaults.
     x = torch.randn(tokens, k, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
@@ -203,7 +212,9 @@ def model_seconds(weight: torch.Tensor, kernel: SparseKernel, tokens: int) -> fl
     return (tokens * (n + k) * element + kept * tokens * unit + words * -(-tokens // 64) * word) * 1e-9 / cores
 
 
-def _model(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int) -> dict[str, float]:
+def _model(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    if tune_gpu.concerns(weight, kernels):
+        return {kernel.layout: tune_gpu.model_seconds(weight, kernel, tokens, dtype) for kernel in kernels}
     return {kernel.layout: model_seconds(weight, kernel, tokens) for kernel in kernels}
 
 
@@ -216,8 +227,11 @@ def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dty
     one pruned model differ by less."""
     n, k = weight.shape
     scheme = kernels[0].scheme.name if kernels[0].scheme else str(weight.dtype).removeprefix("torch.")
-    layouts = []
+    layouts, on_gpu = [], tune_gpu.concerns(weight, kernels)
     for kernel in kernels:
+        if on_gpu:
+            layouts.append(f"{kernel.layout} {round(tune_gpu.kept(weight, kernel.layout) * 50) / 50:.2f}")
+            continue
         block_rows = LAYOUTS.get(kernel.dtype, {}).get(kernel.layout)
         if block_rows is None:
             layouts.append(kernel.layout)
@@ -226,6 +240,8 @@ def _key(weight: torch.Tensor, kernels: Sequence[SparseKernel], tokens: int, dty
         density = round(float(kept.float().mean()) * 50) / 50 if kept.numel() else 0.0
         layouts.append(f"{kernel.layout} {density:.2f}")
     what = f"{scheme} {str(dtype).removeprefix('torch.')} {tokens}x{k}x{n} {', '.join(layouts)}"
+    if on_gpu:
+        return f"{what} | {tune_gpu.device(weight)}, {_versions()}"
     return f"{what} | {backend.cpu_path()} {torch.get_num_threads()} threads | {_machine()}"
 
 
@@ -237,11 +253,15 @@ def _machine() -> str:
     if cpuinfo.is_file():
         fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         name = next((v.strip() for key, v in fields.items() if key.strip() == "model name"), name)
+    return f"{name}, {_versions()}"
+
+
+def _versions() -> str:
     try:
         own = version("tcompress")
     except PackageNotFoundError:  # run from a source tree
         own = "source"
-    return f"{name}, tcompress {own}, torch {torch.__version__}"
+    return f"tcompress {own}, torch {torch.__version__}"
 
 
 def cache_file() -> Path:

@@ -38,6 +38,15 @@ def test_cpu_is_chosen_on_the_cpu_and_the_reference_elsewhere():
     assert backend.kernels("unheard_of") == ()
 
 
+def test_kernel_for_is_the_choice_without_the_reference():
+    assert backend.kernel_for("int8_linear", X, WEIGHT, SCALE) == "cpu"
+    assert backend.kernel_for("int8_linear", X.to("meta"), WEIGHT.to("meta"), SCALE.to("meta")) is None
+    assert backend.kernel_for("unheard_of", X) is None
+    for name, expected in (("cpu", "cpu"), ("reference", None), ("triton", None), ("cuda", None)):
+        with use_backend(name):
+            assert backend.kernel_for("int8_linear", X, WEIGHT, SCALE) == expected
+
+
 def test_preference_does_not_depend_on_the_order_of_registration(dummy_op):
     reasons = dict.fromkeys(("cpu", "triton", "cuda"))
     for name in reasons:

@@ -106,6 +106,7 @@ def test_sparse_steps_in_yaml():
         "step": "prune",
         "pattern": "2:4",
         "algorithm": "magnitude",
+        "scope": "layer",
         "targets": ["fc"],
         "ignore": ["lm_head"],
     }
@@ -189,7 +190,7 @@ def test_frozen():
         ({"steps": [{"attention": "int8", "min_cosine": 2}]}, ["steps.0.min_cosine: got 2"]),
         ({"steps": [{"scheme": "W8A8", "min_cosine": 0.9}]}, ["steps.0.min_cosine: got 0.9", "attention only"]),
         ({"steps": [{"step": "melt", "scheme": "W8A8"}]}, ["steps.0.step: got 'melt'", "'quantize'"]),
-        ({"steps": [{"step": None, "scheme": "W8A8"}]}, ["steps.0.step: got None", "'sparse' or 'prune'"]),
+        ({"steps": [{"step": None, "scheme": "W8A8"}]}, ["steps.0.step: got None", "'sparse', 'prune'"]),
         ({"steps": [{"step": ["prune"]}]}, ["steps.0.step: got ['prune'], expected 'quantize'"]),
         ({"steps": [{"step": "None"}]}, ["steps.0.step: got 'None'"]),
         ({"steps": ["prune"]}, ["steps.0: got 'prune', expected a step: a mapping"]),

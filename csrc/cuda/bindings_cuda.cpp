@@ -15,6 +15,7 @@
 #include "device.h"
 #include "int8_linear.h"
 #include "quantize_per_token.h"
+#include "two_four_linear.h"
 
 namespace {
 
@@ -87,10 +88,10 @@ struct Product {
   std::optional<Tensor> bias, residual;
   cuda::Int8LinearArgs args{};
 
-  Product(Input& in, const std::optional<Tensor>& weight_in, const Tensor& scale_in,
-          const std::optional<Tensor>& bias_in, const std::optional<Tensor>& kernel_weight,
+  // `weight_in` as the kernel reads it.
+  Product(Input& in, const Tensor& weight_in, const Tensor& scale_in, const std::optional<Tensor>& bias_in,
           const std::string& activation, const std::optional<Tensor>& residual_in, const OnDevice& on)
-      : weight(checked_weight(in, weight_in, scale_in, kernel_weight, on)),
+      : weight(weight_in),
         weight_scale(dense(scale_in)),
         y(in.new_output(scale_in.numel())),
         bias(float_bias(bias_in, scale_in.numel())),
@@ -108,17 +109,35 @@ struct Product {
     args.activation = parse_activation(activation);
     args.multiprocessors = cuda::multiprocessors(on.device);
   }
+};
 
-  static Tensor checked_weight(const Input& in, const std::optional<Tensor>& weight, const Tensor& scale,
-                               const std::optional<Tensor>& kernel_weight, const OnDevice& on) {
-    require(weight.has_value() && !kernel_weight.has_value(),
-            "int8_linear: weight: expected the storage layout on CUDA, and no kernel_weight");
-    require(weight->dim() == 2 && weight->scalar_type() == ScalarType::Char && weight->size(1) == in.k &&
-                scale.dim() == 1 && scale.scalar_type() == ScalarType::Float && scale.numel() == weight->size(0),
-            "int8_linear: weight: expected int8 [N, K] for x [..., K] and float32 weight_scale [N]");
-    require(in.k <= cuda::kMaxK, "int8_linear: K: expected at most 65536");
-    on_same_device(in.x, weight);
-    return aligned_rows(*weight, weight->size(0), in.k, on);
+// int8 [N, K], rows at multiples of 16 bytes.
+Tensor dense_weight(const Input& in, const std::optional<Tensor>& weight, const Tensor& scale,
+                    const std::optional<Tensor>& kernel_weight, const OnDevice& on) {
+  require(weight.has_value() && !kernel_weight.has_value(),
+          "int8_linear: weight: expected the storage layout on CUDA, and no kernel_weight");
+  require(weight->dim() == 2 && weight->scalar_type() == ScalarType::Char && weight->size(1) == in.k &&
+              scale.dim() == 1 && scale.scalar_type() == ScalarType::Float && scale.numel() == weight->size(0),
+          "int8_linear: weight: expected int8 [N, K] for x [..., K] and float32 weight_scale [N]");
+  require(in.k <= cuda::kMaxK, "int8_linear: K: expected at most 65536");
+  on_same_device(in.x, weight);
+  return aligned_rows(*weight, weight->size(0), in.k, on);
+}
+
+// The integers of float activations and their scales; `args` points to them while this lives.
+struct QuantizedRows {
+  Tensor a, scale;
+
+  // At most 7 bits where there is a zero point: less it, the integers fit into int8, and the product needs no
+  // correction.
+  QuantizedRows(const Input& in, int64_t bits, bool symmetric, cuda::Int8LinearArgs& args, const OnDevice& on)
+      : a(torch::stable::new_empty(in.x, {in.m, args.lda}, ScalarType::Char)),
+        scale(torch::stable::new_empty(in.x, {in.m}, ScalarType::Float)) {
+    args.a = static_cast<const int8_t*>(a.data_ptr());
+    args.scale = static_cast<const float*>(scale.data_ptr());
+    cuda::quantize_per_token({in.x.data_ptr(), float_dtype(in.x.scalar_type()), in.m, in.k, static_cast<int>(bits),
+                              symmetric, true, a.data_ptr(), args.lda, static_cast<float*>(scale.data_ptr()), nullptr},
+                             on.stream);
   }
 };
 
@@ -129,19 +148,32 @@ Tensor int8_linear(const Tensor& x, const std::optional<Tensor>& weight, const T
   check_act_bits(act_bits, act_symmetric);
   const OnDevice on(x);
   Input in(x, out_dtype);
-  Product product(in, weight, weight_scale, bias, kernel_weight, activation, residual, on);
-  cuda::Int8LinearArgs& args = product.args;
-  const Tensor a = torch::stable::new_empty(in.x, {in.m, args.lda}, ScalarType::Char);
-  const Tensor scale = torch::stable::new_empty(in.x, {in.m}, ScalarType::Float);
-  args.a = static_cast<const int8_t*>(a.data_ptr());
-  args.scale = static_cast<const float*>(scale.data_ptr());
-  // at most 7 bits where there is a zero point: less it, the integers fit into int8, and the product needs no
-  // correction
-  cuda::quantize_per_token(
-      {in.x.data_ptr(), float_dtype(in.x.scalar_type()), in.m, in.k, static_cast<int>(act_bits), act_symmetric, true,
-       a.data_ptr(), args.lda, static_cast<float*>(scale.data_ptr()), nullptr},
-      on.stream);
-  cuda::int8_linear(args, on.stream);
+  Product product(in, dense_weight(in, weight, weight_scale, kernel_weight, on), weight_scale, bias, activation,
+                  residual, on);
+  const QuantizedRows rows(in, act_bits, act_symmetric, product.args, on);
+  cuda::int8_linear(product.args, on.stream);
+  return product.y;
+}
+
+Tensor int8_sparse_linear(const Tensor& x, const Tensor& kernel_weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias, const std::string& layout, int64_t act_bits,
+                          bool act_symmetric, const std::string& activation, std::optional<ScalarType> out_dtype,
+                          const std::optional<Tensor>& residual) {
+  check_act_bits(act_bits, act_symmetric);
+  require(layout == "mma-2:4", "int8_sparse_linear: layout: expected mma-2:4 on CUDA");
+  require(weight_scale.dim() == 1 && weight_scale.scalar_type() == ScalarType::Float,
+          "int8_sparse_linear: weight_scale: expected float32 [N]");
+  const OnDevice on(x);
+  Input in(x, out_dtype);
+  require(in.k <= cuda::kMaxK, "int8_sparse_linear: K: expected at most 65536");
+  require(kernel_weight.is_contiguous() && kernel_weight.scalar_type() == ScalarType::Char &&
+              kernel_weight.numel() == cuda::TwoFourLayout(weight_scale.numel(), in.k).bytes &&
+              cuda::aligned16(kernel_weight.data_ptr()),
+          "int8_sparse_linear: kernel_weight: expected the result of sparse_prepack(weight, \"mma-2:4\")");
+  on_same_device(x, kernel_weight);
+  Product product(in, kernel_weight, weight_scale, bias, activation, residual, on);
+  const QuantizedRows rows(in, act_bits, act_symmetric, product.args, on);
+  cuda::two_four_linear(product.args, on.stream);
   return product.y;
 }
 
@@ -160,7 +192,8 @@ Tensor int8_linear_quantized(const Tensor& q, const Tensor& scale_in, const Tens
           "int8_linear_quantized: scale, zero_point: expected float32 and int32, one for each token");
   on_same_device(q, scale);
   on_same_device(q, zero_point);
-  Product product(in, weight, weight_scale, bias, kernel_weight, activation, residual, on);
+  Product product(in, dense_weight(in, weight, weight_scale, kernel_weight, on), weight_scale, bias, activation,
+                  residual, on);
   cuda::Int8LinearArgs& args = product.args;
   const Tensor a = aligned_rows(in.x, in.m, in.k, on);
   args.a = static_cast<const int8_t*>(a.data_ptr());
@@ -256,6 +289,7 @@ STABLE_TORCH_LIBRARY_IMPL(tcompress, CUDA, m) {
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_linear_quantized", TORCH_BOX(&int8_linear_quantized));
+  m.impl("int8_sparse_linear", TORCH_BOX(&int8_sparse_linear));
   m.impl("quantized_attention", TORCH_BOX(&quantized_attention));
 }
 

@@ -4,6 +4,8 @@ A module here imports `triton`, torch and its neighbours, nothing else of tcompr
 and know the references. Importing this package imports nothing, so that it is there without Triton too.
 
     bindings             the ops: what the kernels take of them, and their arguments; imports the others when they run
+    bindings_sparse      the same of the ops of sparse weights
+    kernel_binding       what the two share
     numbers              rounding and scales, as the references of the ops define them
     tiles                the sizes of a launch
     autotune             which sizes: measured once on a GPU, then from a file
@@ -26,6 +28,8 @@ and know the references. Importing this package imports nothing, so that it is t
     int4_wide            int4, many tokens
     int4_narrow          int4, few tokens
     int4_linear          int4: which of the two, and their launch; W4A8 and W4A16
+    sparse_layout        sparse weights as the kernels read them; plain torch
+    int4_sparse_layout   the same of 4 bits
     block_panels         which blocks of a sparse weight are kept; activations in panels
     block_sparse_linear  int8 and float weights of which whole blocks are zero
     int4_sparse_linear   4-bit weights of which whole blocks are zero

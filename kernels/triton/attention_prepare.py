@@ -73,7 +73,7 @@ def _mean(SUMS, bh, parts, inverse_skv, PARTS: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _store_queries(
+def store_queries(
     X, Q, Q_SCALE, SHIFT, SUMS, inside, x_at, row, parts, inverse_skv, unit, sign, kv,
     STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _store_queries(
 
 
 @triton.jit
-def _store_keys(
+def store_keys(
     X, K, K_SCALE, SUMS, bh, inside, x_at, row, block, parts, inverse_skv,
     STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def quantize_queries_and_keys(
         q_rows = (pid % q_blocks) * ROWS + tl.arange(0, ROWS)
         q_at = b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h
         q_at = q_at + q_rows.to(tl.int64)[:, None] * q_stride_s + channels * q_stride_d
-        _store_queries(
+        store_queries(
             X_Q, Q, Q_SCALE, SHIFT, SUMS, (q_rows < sq)[:, None] & (channels < d), q_at,
             q_bh.to(tl.int64) * (q_blocks * ROWS) + q_rows, parts, inverse_skv, unit, sign,
             b * kv_heads + h // (heads // kv_heads), STEP, LOWEST, DP, PARTS, HAS_SHIFT,
@@ -135,7 +135,7 @@ def quantize_queries_and_keys(
         k_rows = (block % k_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         k_at = (k_bh // kv_heads).to(tl.int64) * k_stride_b + (k_bh % kv_heads).to(tl.int64) * k_stride_h
         k_at = k_at + k_rows.to(tl.int64)[:, None] * k_stride_s + channels * k_stride_d
-        _store_keys(
+        store_keys(
             X_K, K, K_SCALE, SUMS, k_bh, (k_rows < skv)[:, None] & (channels < d), k_at,
             k_bh.to(tl.int64) * (k_blocks * BLOCK_N) + k_rows, block, parts, inverse_skv,
             STEP, LOWEST, DP, PARTS,

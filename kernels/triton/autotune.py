@@ -98,7 +98,7 @@ def fastest(
     return best
 
 
-def neighbours(tile: Tile, **values: Sequence[int]) -> list[Tile]:
+def neighbours(tile: Tile, **values: Sequence[int | bool]) -> list[Tile]:
     """Tiles that differ from `tile` in one field, which takes the given values."""
     changed = [dataclasses.replace(tile, **{k: v}) for k, several in values.items() for v in several]  # type: ignore[type-var]
     return [other for other in changed if other != tile]
@@ -143,11 +143,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_tile(value: object) -> bool:
-    """Sizes that are powers of two or small counts; a file with others must not reach the compiler."""
+    """Sizes that are powers of two or small counts, and switches; a file with others must not reach the compiler."""
     if not isinstance(value, dict):
         return False
     sizes = (v for k, v in value.items() if k != "name" and v is not None)
-    return all(type(v) is int and 0 <= v <= 65536 for v in sizes)
+    return all(type(v) in (int, bool) and 0 <= v <= 65536 for v in sizes)
 
 
 def _write(path: Path, new: dict[str, Any]) -> None:

@@ -1,32 +1,26 @@
 """The ops in Triton: what the kernels take, and how an op's arguments reach them.
 
-As `csrc/bindings.cpp` for the compiled kernels, this is the one file that knows the ops' signatures. It does not import
-Triton until a kernel runs. `KERNELS` maps an op to two functions of the op's arguments: one that runs it, and one that
-says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
+As `csrc/bindings.cpp` for the compiled kernels, this file and `bindings_sparse` know the ops' signatures. They do not
+import Triton until a kernel runs. `KERNELS` maps an op to two functions of the op's arguments: one that runs it, and
+one that says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
 
 Nothing here waits for the GPU or looks at data, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-Maybe = torch.Tensor | None
+from . import bindings_sparse
+from .kernel_binding import Kernel, Maybe
+
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAX_HEAD = 256
 LEAST_GROUP = 32  # of an int4 weight
 IN_CPU_LAYOUT = "the weight is in the layout of the CPU kernels: module.to('cuda') brings it back"
-
-
-class Kernel(NamedTuple):
-    """Of one op."""
-
-    run: Callable[..., Any]
-    unsupported: Callable[..., str | None]
 
 
 # ---- quantize_per_token ---------------------------------------------------------------------------------------------
@@ -264,18 +258,45 @@ def quantized_attention_unsupported(
     v: torch.Tensor,
     mask: Maybe = None,
     bits: int = 8,
-    bottom_right: bool = False,
-    left: int = -1,
-    right: int = -1,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    return_lse: bool = False,
+    *options: object,
 ) -> str | None:
     if bits != 8:
         return f"bits={bits}: the Triton kernel has 8"
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD:
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD:
         return f"a head of more than {MAX_HEAD}"
     return None
+
+
+def quantized_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    bits: int,
+    bottom_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .attention_varlen import attention_varlen
+
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    return attention_varlen(q, k, v, *offsets, bottom_right, left, right, softcap, scale, return_lse)
+
+
+def quantized_attention_varlen_unsupported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: Maybe = None,
+    cu_seqlens_k: Maybe = None,
+    bits: int = 8,
+    *options: object,
+) -> str | None:
+    return quantized_attention_unsupported(q, k, v, None, bits)
 
 
 def kv_cache_attention(
@@ -327,4 +348,6 @@ KERNELS = {
     "int4_linear": Kernel(int4_linear, int4_linear_unsupported),
     "kv_cache_attention": Kernel(kv_cache_attention, kv_cache_attention_unsupported),
     "quantized_attention": Kernel(quantized_attention, quantized_attention_unsupported),
+    **bindings_sparse.KERNELS,
+    "quantized_attention_varlen": Kernel(quantized_attention_varlen, quantized_attention_varlen_unsupported),
 }

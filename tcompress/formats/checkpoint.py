@@ -26,9 +26,10 @@ from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.fuse import fuse
 from tcompress.integrations.attention_modules import CHILD, attach, interface_modules
 from tcompress.match import COMPRESSED
-from tcompress.nn import Int8Attention, Int8MultiheadAttention, QuantizedLinear, SparseLinear
+from tcompress.nn import Int8Attention, Int8MultiheadAttention, LowRankLinear, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
 from tcompress.replace import disable_torch_fast_path
+from tcompress.structure import ModuleStructure, carry, describe_structure, is_marked, restore
 
 METADATA = "tcompress.json"
 VERSION = 1
@@ -46,6 +47,7 @@ class Metadata(BaseModel):
         aliases: state-dict keys that share the tensor of another key.
         buffer_dtypes: of the float buffers that a state dict leaves out; the model makes them itself, in its own type.
         transformers: class and configuration of a Hugging Face model, with which `load` builds the model itself.
+        structure: what differs from the architecture besides: layers that are gone, sizes that are smaller.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +59,7 @@ class Metadata(BaseModel):
     aliases: dict[str, str] = {}
     buffer_dtypes: dict[str, DtypeName] = {}
     transformers: dict[str, Any] | None = None
+    structure: dict[str, ModuleStructure] = {}
 
 
 def save(model: nn.Module, directory: str | Path) -> Path:
@@ -65,7 +68,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     A failed save leaves the folder's previous checkpoint as it was.
 
     Args:
-        model: a module that holds at least one compressed module.
+        model: a module that holds at least one compressed module, or whose structure a recipe changed.
         directory: the folder.
 
     Returns:
@@ -78,7 +81,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     if not isinstance(model, nn.Module):
         raise TypeError(message("save", "model", type(model).__name__, "a torch.nn.Module"))
     modules = _describe_modules(model)
-    if not any(map(_is_compressed, model.modules())):
+    if not any(map(_is_compressed, model.modules())) and not is_marked(model):
         hint = "use tcompress.compress first, or safetensors for a plain model"
         raise ValueError(message("save", "model", "one without compressed modules", "a compressed model", hint))
     if "" in modules:
@@ -98,6 +101,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             aliases=aliases,
             buffer_dtypes=_unsaved_buffer_dtypes(model),
             transformers=hugging_face_info(model),
+            structure=describe_structure(model),
         )
         temporary.write_text(metadata.model_dump_json(indent=1) + "\n")
         os.replace(temporary, folder / METADATA)
@@ -137,9 +141,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             hint = "only Hugging Face models can be built from a checkpoint"
             raise ValueError(message("load", "model", None, "a model of the original architecture", hint))
         model = new_model(metadata.transformers).eval()
-    replacements, attentions = _build_modules(metadata, model)
-    _check_fit(folder, model, replacements, state)
-    filled = _fill_sparse(replacements, state)
+    undo = restore(model, metadata.structure)
+    try:
+        replacements, attentions = _build_modules(metadata, model)
+        _check_fit(folder, model, replacements, state)
+        filled = _fill_sparse(replacements, state)
+    except BaseException:
+        undo()
+        raise
     _install(model, replacements, state, filled, metadata)
     if attentions:
         attach(model, attentions)
@@ -149,7 +158,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 def _is_compressed(module: nn.Module) -> bool:
     if isinstance(module, Int8Attention):
         return module.precision == "int8"
-    return isinstance(module, (*COMPRESSED, Int8MultiheadAttention))
+    return isinstance(module, (*COMPRESSED, LowRankLinear, Int8MultiheadAttention))
 
 
 def _describe_modules(model: nn.Module) -> dict[str, Spec | str]:
@@ -345,7 +354,7 @@ def _install(
 ) -> None:
     for name, module in replacements.items():
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = module
+        model.get_submodule(parent)._modules[child] = carry(model.get_submodule(name), module)
     # assign: the tensors of the file take the place of the model's, so that a bfloat16 checkpoint stays bfloat16
     others = {key: value for key, value in state.items() if key not in filled}
     model.load_state_dict(others, strict=not filled, assign=True)

@@ -11,8 +11,10 @@ from torch import nn
 from tcompress.errors import message
 from tcompress.match import COMPRESSED
 from tcompress.nn import (
+    CodebookLinear,
     Int8Attention,
     Int8MultiheadAttention,
+    LowRankLinear,
     OutlierLinear,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -89,6 +91,34 @@ class SparseSpec(BaseModel):
     activation: str = "none"
 
 
+class CodebookSpec(BaseModel):
+    """A `CodebookLinear`. `codebook` is the type of the stored values, `dtype` that of the weight looked up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["CodebookLinear"] = "CodebookLinear"
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    bits: int = Field(ge=1, le=8)
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    held: Literal["float", "indices"]
+    codebook: Literal["float16", "float32"]
+    dtype: DtypeName
+    bias: bool
+
+
+class LowRankSpec(BaseModel):
+    """A `LowRankLinear` with float factors of type `dtype`; what else stands in it is described by itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["LowRankLinear"] = "LowRankLinear"
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    rank: int = Field(ge=1)
+    bias: bool
+    dtype: DtypeName
+
+
 class _AttentionSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -115,9 +145,18 @@ class MultiheadAttentionSpec(_AttentionSpec):
     dtype: DtypeName
 
 
-Spec: TypeAlias = LinearSpec | OutlierSpec | SparseSpec | EmbeddingSpec | AttentionSpec | MultiheadAttentionSpec
+Spec: TypeAlias = (
+    LinearSpec
+    | OutlierSpec
+    | SparseSpec
+    | EmbeddingSpec
+    | CodebookSpec
+    | LowRankSpec
+    | AttentionSpec
+    | MultiheadAttentionSpec
+)
 #: The classes that a checkpoint describes.
-DESCRIBED = (*COMPRESSED, Int8Attention, Int8MultiheadAttention)
+DESCRIBED = (*COMPRESSED, LowRankLinear, Int8Attention, Int8MultiheadAttention)
 
 
 def describe(module: nn.Module) -> Spec:
@@ -179,6 +218,27 @@ def describe(module: nn.Module) -> Spec:
             embedding_dim=module.embedding_dim,
             padding_idx=module.padding_idx,
         )
+    if isinstance(module, CodebookLinear):
+        return CodebookSpec(
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bits=module.bits,
+            rows=module.rows,
+            columns=module.columns,
+            held=module.held,  # type: ignore[arg-type]
+            codebook=_name(module.weight_codebook.dtype),  # type: ignore[arg-type]
+            dtype=_name(module.dtype),
+            bias=module.bias is not None,
+        )
+    if isinstance(module, LowRankLinear):
+        floats = [child.weight.dtype for child in module.children() if isinstance(child, nn.Linear)]
+        return LowRankSpec(
+            in_features=module.in_features,
+            out_features=module.out_features,
+            rank=module.rank,
+            bias=module.bias is not None,
+            dtype=_name(floats[0] if floats else torch.float32),
+        )
     raise TypeError(message("save", "module", type(module).__name__, "a compressed module"))
 
 
@@ -201,6 +261,11 @@ def build(spec: Spec) -> nn.Module:
     if isinstance(spec, SparseSpec):
         return _build_sparse(spec)
     dtype = DTYPES[spec.dtype]
+    if isinstance(spec, CodebookSpec):
+        size = (spec.in_features, spec.out_features, spec.bias, spec.bits, spec.rows, spec.columns, spec.held)
+        return CodebookLinear(*size, getattr(torch, spec.codebook), "meta", dtype)
+    if isinstance(spec, LowRankSpec):
+        return LowRankLinear(spec.in_features, spec.out_features, spec.rank, spec.bias, "meta", dtype)
     if isinstance(spec, LinearSpec):
         shape = (spec.in_features, spec.out_features, spec.bias, spec.scheme)
         return QuantizedLinear(*shape, device="meta", dtype=dtype, activation=spec.activation)
@@ -227,7 +292,7 @@ def _build_sparse(spec: SparseSpec) -> SparseLinear:
 def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
     """What a model has at a place and what the checkpoint has there, or None if they agree."""
     got = type(module).__name__
-    if isinstance(module, nn.Linear | QuantizedLinear | SparseLinear | OutlierLinear):
+    if isinstance(module, nn.Linear | QuantizedLinear | SparseLinear | OutlierLinear | CodebookLinear | LowRankLinear):
         got = _linear(module.out_features, module.in_features, module.bias is not None)
     elif is_conv1d(module):
         n, k = linear_weight(module).shape
@@ -242,7 +307,7 @@ def mismatch(module: nn.Module, spec: Spec) -> tuple[str, str] | None:
         expected = _ATTENTION
     elif isinstance(spec, MultiheadAttentionSpec):
         expected = _multihead(spec.embed_dim, spec.num_heads, spec.kdim, spec.vdim)
-    elif isinstance(spec, LinearSpec | OutlierSpec):
+    elif isinstance(spec, LinearSpec | OutlierSpec | CodebookSpec | LowRankSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias)
     elif isinstance(spec, SparseSpec):
         expected = _linear(spec.out_features, spec.in_features, spec.bias is not None)

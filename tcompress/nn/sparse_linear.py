@@ -12,8 +12,8 @@ from torch import nn
 from tcompress import backend, tune
 from tcompress.errors import message
 from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
-from tcompress.ops.quantize_per_token import check_float
-from tcompress.ops.sparse_prepack import layouts_of
+from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
+from tcompress.ops.sparse_prepack import cpu_layouts, gpu_layouts, is_fixed
 from tcompress.packing import SparseWeight, pack_sparse
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
@@ -30,14 +30,16 @@ class SparseLinear(nn.Module):
     Called like `torch.nn.Linear`; inference only. The weight is saved in the pattern found in its zeros
     (`packing.SparseWeight`): `weight_values`, `weight_scale` (int8) and `weight_bitmap`, `weight_delta` or
     `weight_positions`. In memory it is held once, in the layout of the kernel that runs it. Which that is,
-    `from_linear` measures on this machine; where zeros bring no speed it is the dense one, and only the file is
-    smaller.
+    `from_linear` measures on the weight's device; where zeros bring no speed it is the dense one, and only the file is
+    smaller. A layout holds for the kind of device that it was chosen on: moved to another, the module measures there
+    (`tune`), and moved back it takes its own again.
 
     Args:
         packed: the weight.
         bias: [N] or None.
         scheme: of an int8 weight, W8A8 or like; None for floats.
-        layout: of the kernel: "dense", "8x4", "unstructured" (floats), "1x4" or "2:4" (int8).
+        layout: of the kernel: "dense", "8x4", "unstructured" (floats), "1x4" or "2:4" (int8); or one of a GPU's
+            (`ops.sparse_prepack`).
         activation: applied to the result inside the kernel: "none", "relu", "gelu", "gelu_tanh", "silu".
 
     Raises:
@@ -65,7 +67,8 @@ class SparseLinear(nn.Module):
             raise ValueError(message("SparseLinear", "packed, scheme", got, "int8 values with a scheme, or floats"))
         if scheme is not None:
             _check_scheme(scheme)
-        layouts = (DENSE, *layouts_of(torch.float32 if scheme is None else torch.int8))
+        of_gpu = gpu_layouts(packed.values.dtype)
+        layouts = (DENSE, *cpu_layouts(torch.float32 if scheme is None else torch.int8), *of_gpu)
         if layout not in layouts:
             raise ValueError(message("SparseLinear", "layout", repr(layout), f"one of {layouts}"))
         self.out_features, self.in_features = packed.shape
@@ -74,6 +77,13 @@ class SparseLinear(nn.Module):
         self.fused_activation = "none"
         #: Why this layout was taken, if it was measured.
         self.choice: tune.Choice | None = None
+        #: The kind of device that `layout` is for, and for how many tokens one is chosen on another.
+        self._home = "cuda" if layout in of_gpu else "cpu"
+        if packed.values.device.type != "meta":
+            self._home = packed.values.device.type
+        self._tokens = tune.TOKENS
+        #: What was chosen on another device, where the weight is now.
+        self._elsewhere: tune.Choice | None = None
         for name in ("values", "index", "scale", "kernel_weight"):
             self.register_buffer(name, None, persistent=False)
         if bias is None:
@@ -89,7 +99,7 @@ class SparseLinear(nn.Module):
         scheme: str | Scheme | None = None,
         pattern: str = "auto",
         layout: str = "auto",
-        tokens: int = 128,
+        tokens: int = tune.TOKENS,
     ) -> SparseLinear:
         """A sparse layer with the weight of a pruned one.
 
@@ -117,7 +127,7 @@ class SparseLinear(nn.Module):
         scheme: Scheme | None = None,
         pattern: str = "auto",
         layout: str = "auto",
-        tokens: int = 128,
+        tokens: int = tune.TOKENS,
     ) -> SparseLinear:
         """`from_linear` for a weight [N, K], float32, bfloat16 or float16."""
         weight = weight.detach()
@@ -141,7 +151,7 @@ class SparseLinear(nn.Module):
         layout = choice.kernel.layout if choice else layout
         pattern = best_pattern(stored) if pattern == "auto" else pattern
         module = cls(pack_sparse(stored, pattern, scale=scale), bias, scheme, layout)
-        module.choice = choice
+        module.choice, module._tokens = choice, tokens
         return module
 
     def _hold(self, packed: SparseWeight) -> None:
@@ -150,18 +160,28 @@ class SparseLinear(nn.Module):
             self.values, self.index, self.kernel_weight = packed.values, packed.index, None
         else:
             dense = packed.floats() if self.scheme is None else packed.integers()  # raises before a change
-            usable = {kernel.layout: kernel for kernel in kernels_for(dense, self.scheme)}
-            if self.layout not in usable and len(usable) > 1:
-                hint = "the weight does not have this pattern"
-                raise ValueError(message("SparseLinear", "layout", repr(self.layout), f"one of {tuple(usable)}", hint))
-            #: Where no CPU kernel runs, the dense weight is multiplied, and the choice is kept for a return to the CPU.
-            self._kernel = usable.get(self.layout, SparseKernel(DENSE, self.scheme))
+            self._kernel, self._elsewhere = self._kernel_on_device(dense)
             self.values = self.index = None
             self.kernel_weight = self._kernel.prepack(dense)
         self.scale = packed.scale
         self._description = (packed.pattern, packed.bits, packed.index_kind, packed.values.dtype)
         #: What `weight` says; a cast of the module changes it, and not the values.
         self._dtype = packed.values.dtype
+
+    def _kernel_on_device(self, dense: torch.Tensor) -> tuple[SparseKernel, tune.Choice | None]:
+        """The kernel of `layout` on its own kind of device, or what is chosen on another; there with the choice."""
+        kernels = kernels_for(dense, self.scheme)
+        if len(kernels) == 1:  # no sparse kernel runs: the dense weight is multiplied
+            return kernels[0], None
+        usable = {kernel.layout: kernel for kernel in kernels}
+        if is_fixed(self.layout) and not any(map(is_fixed, usable)):
+            hint = "the weight does not have this pattern"
+            raise ValueError(message("SparseLinear", "layout", repr(self.layout), f"one of {tuple(usable)}", hint))
+        if self.layout in usable and dense.device.type == self._home:
+            return usable[self.layout], None
+        floats = [t.dtype for t in (self.bias, dense) if t is not None and t.dtype in FLOAT_DTYPES]
+        choice = tune.choose(dense, kernels, self._tokens, floats[0] if floats else torch.float32)
+        return choice.kernel, choice
 
     @property
     def pattern(self) -> str:
@@ -206,18 +226,21 @@ class SparseLinear(nn.Module):
         """The layouts that were candidates, with their times, and which one runs."""
         if self.kernel_weight is None:
             raise RuntimeError(message("SparseLinear", "weight", "none (the meta device)", "a loaded weight"))
-        runs_on = backend.select("sparse_unpack", self.kernel_weight)
-        path = backend.cpu_path() if runs_on == "cpu" else None
         running = self._kernel.layout
+        runs_on = self._kernel.runs_on(self.kernel_weight, self.out_features, self.in_features)
+        path = backend.cpu_path() if runs_on == "cpu" else None
         reasons: dict[str, str] = {}
-        if self.choice is not None:
-            tokens, source = self.choice.tokens, self.choice.source
+        choice = self._elsewhere or self.choice
+        if choice is not None:
             reasons = {
-                layout: f"{seconds * 1e3:.4f} ms for {tokens} tokens ({source})" if seconds else source
-                for layout, seconds in sorted(self.choice.seconds.items(), key=lambda item: item[1])
+                layout: f"{seconds * 1e3:.4f} ms for {choice.tokens} tokens ({choice.source})"
+                if seconds
+                else choice.source
+                for layout, seconds in sorted(choice.seconds.items(), key=lambda item: item[1])
             }
-        reasons.setdefault(self.layout, "given")
-        if running != self.layout:
+        if self._elsewhere is None:
+            reasons.setdefault(self.layout, "given")
+        if running not in reasons:
             reasons[running] = f"the layer was made where no kernel could run {self.layout}"
         candidates = tuple(backend.Candidate(layout, layout == running, why) for layout, why in reasons.items())
         return backend.Explanation("SparseLinear", runs_on, path, candidates)

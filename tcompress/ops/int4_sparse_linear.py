@@ -7,9 +7,10 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
-from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops._registry import Op, define
 from tcompress.ops.int4_linear import SYMMETRIC_ZERO
 from tcompress.ops.int4_linear import reference as dense_reference
+from tcompress.ops.int4_sparse_prepack import CPU_LAYOUT, why_not_on_cpu
 from tcompress.ops.int4_sparse_unpack import check_kernel_weight
 from tcompress.ops.int4_sparse_unpack import reference as unpack
 from tcompress.ops.int8_linear import check_activation, check_bias, check_residual
@@ -28,6 +29,7 @@ def int4_sparse_linear(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
     residual: torch.Tensor | None = None,
+    layout: str = CPU_LAYOUT,
 ) -> torch.Tensor:
     """`int4_linear` without zero points, with a weight whose blocks of zeros are neither stored nor multiplied.
 
@@ -43,6 +45,7 @@ def int4_sparse_linear(
         scale_dtype: type of the scales that it was packed with, float16 or float32.
         act_bits: bits of the activations: 2 to 8 symmetric, 2 to 7 asymmetric.
         act_symmetric, activation, out_dtype, residual: as in `int4_linear`.
+        layout: in which the weight was packed.
 
     Returns:
         [..., N].
@@ -52,7 +55,7 @@ def int4_sparse_linear(
     """
     op = "int4_sparse_linear"
     per_token.check_float(x, op, "x")
-    check_kernel_weight(op, kernel_weight, out_features, x.shape[-1], group_size, scale_dtype)
+    check_kernel_weight(op, kernel_weight, out_features, x.shape[-1], group_size, scale_dtype, layout)
     check_bias(op, bias, out_features)
     per_token.check_bits(act_bits, 8 if act_symmetric else 7, op, "act_bits")
     check_activation(op, activation)
@@ -72,6 +75,7 @@ def int4_sparse_linear(
         activation,
         out_dtype,
         residual,
+        layout,
     )
 
 
@@ -87,8 +91,9 @@ def reference(
     activation: str,
     out_dtype: torch.dtype | None,
     residual: torch.Tensor | None = None,
+    layout: str = CPU_LAYOUT,
 ) -> torch.Tensor:
-    weight, scale = unpack(kernel_weight, out_features, x.shape[-1], group_size, scale_dtype)
+    weight, scale = unpack(kernel_weight, out_features, x.shape[-1], group_size, scale_dtype, layout)
     nibbles = join_nibbles((weight + SYMMETRIC_ZERO).view(torch.uint8))
     return dense_reference(
         x, nibbles, scale, None, bias, None, group_size, act_bits, act_symmetric, activation, out_dtype, residual
@@ -107,6 +112,7 @@ def fake(
     activation: str,
     out_dtype: torch.dtype | None,
     residual: torch.Tensor | None = None,
+    layout: str = CPU_LAYOUT,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
 
@@ -125,7 +131,8 @@ define(
         name="int4_sparse_linear",
         schema=(
             "(Tensor x, Tensor kernel_weight, int out_features, Tensor? bias, int group_size, ScalarType scale_dtype,"
-            " int act_bits, bool act_symmetric, str activation, ScalarType? out_dtype, Tensor? residual=None) -> Tensor"
+            " int act_bits, bool act_symmetric, str activation, ScalarType? out_dtype, Tensor? residual=None,"
+            ' str layout="8x4") -> Tensor'
         ),
         reference=reference,
         fake=fake,
@@ -134,4 +141,23 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("int4_sparse_linear", "cpu", unsupported=cpu_unsupported)
+
+
+def unsupported(
+    x: torch.Tensor,
+    kernel_weight: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    group_size: int = 128,
+    scale_dtype: torch.dtype = torch.float16,
+    act_bits: int = 8,
+    act_symmetric: bool = True,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    layout: str = CPU_LAYOUT,
+) -> str | None:
+    return why_not_on_cpu(x, layout)
+
+
+backend.register_kernel("int4_sparse_linear", "cpu", unsupported=unsupported)

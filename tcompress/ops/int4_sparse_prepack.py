@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tcompress import backend
 from tcompress.errors import message
+from tcompress.kernels.triton import int4_sparse_layout
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int4_prepack import check_weight
 from tcompress.ops.sparse_prepack import CACHE_LINE, PAD, QUAD, WORD, blocks_of, pack_bitmap
@@ -14,10 +15,16 @@ from tcompress.ops.sparse_prepack import CACHE_LINE, PAD, QUAD, WORD, blocks_of,
 BLOCK_ROWS = 8
 BLOCK_BYTES = BLOCK_ROWS * QUAD // 2
 ZERO = 8  # stored nibble that means 0
+#: Of the CPU kernels.
+CPU_LAYOUT = "8x4"
+LAYOUTS = (CPU_LAYOUT, *int4_sparse_layout.LAYOUTS)
 
 
-def int4_sparse_prepack(weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Rearranges a 4-bit weight with zeros into what the CPU kernels read, drawn in `csrc/cpu/int4_sparse_layout.h`.
+def int4_sparse_prepack(
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, layout: str = CPU_LAYOUT
+) -> torch.Tensor:
+    """Rearranges a 4-bit weight with zeros into what a kernel reads: of the CPU's, drawn in
+    `csrc/cpu/int4_sparse_layout.h`, or of a GPU's.
 
     Kept are the blocks of 8 outputs x 4 inputs that hold a non-zero weight, in 16 bytes each; which they are is a bit
     for each block. Derived whenever needed, and never saved.
@@ -26,6 +33,7 @@ def int4_sparse_prepack(weight: torch.Tensor, weight_scale: torch.Tensor, group_
         weight: [N, K] int8, -8 to 7.
         weight_scale: [N, ceil(K/g)] float16 or float32, finite.
         group_size: g: 32, 64, 128, 256, 512, or K and more for one scale a channel.
+        layout: "8x4", or for the Triton kernel "gpu-8x4" or "gpu-16x16" (`kernels/triton/int4_sparse_layout.py`).
 
     Returns:
         One-dimensional int8 tensor; its size depends on the zeros.
@@ -35,6 +43,7 @@ def int4_sparse_prepack(weight: torch.Tensor, weight_scale: torch.Tensor, group_
             4 bits do not hold.
     """
     op = "int4_sparse_prepack"
+    check_layout(op, layout)
     if weight.dtype != torch.int8:
         raise TypeError(message(op, "weight", weight.dtype, "int8"))
     if weight.dim() != 2:
@@ -47,7 +56,18 @@ def int4_sparse_prepack(weight: torch.Tensor, weight_scale: torch.Tensor, group_
         lowest, highest = (int(bound) for bound in weight.aminmax())
         if lowest < -ZERO or highest >= ZERO:
             raise ValueError(message(op, "weight", f"values from {lowest} to {highest}", "-8 to 7"))
-    return backend.call(op, weight, weight_scale, group_size)
+    return backend.call(op, weight, weight_scale, group_size, layout)
+
+
+def check_layout(op: str, layout: str) -> None:
+    """Raises unless there is such a layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(message(op, "layout", repr(layout), f"one of {LAYOUTS}"))
+
+
+def why_not_on_cpu(x: torch.Tensor, layout: str) -> str | None:
+    """Why the CPU kernels do not take a tensor and a layout, or None."""
+    return cpu_unsupported(x) or (None if layout == CPU_LAYOUT else f"layout {layout!r}: of the kernels for GPUs")
 
 
 def parts(n: int, k: int, group_size: int, scale_bytes: int, blocks: int) -> dict[str, int]:
@@ -60,7 +80,11 @@ def parts(n: int, k: int, group_size: int, scale_bytes: int, blocks: int) -> dic
     return {"offsets": offsets, "scales": scales, "values": values, "bytes": values + blocks * BLOCK_BYTES + PAD}
 
 
-def reference(weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int) -> torch.Tensor:
+def reference(
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, layout: str = CPU_LAYOUT
+) -> torch.Tensor:
+    if layout != CPU_LAYOUT:
+        return int4_sparse_layout.pack(weight, weight_scale, group_size, int4_sparse_layout.LAYOUTS[layout])
     n, k = weight.shape
     blocks = blocks_of(weight, BLOCK_ROWS)
     kept = (blocks != 0).any(-1)
@@ -76,7 +100,7 @@ def reference(weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int)
     )
 
 
-def fake(weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int) -> torch.Tensor:
+def fake(weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, layout: str = CPU_LAYOUT) -> torch.Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 
@@ -91,7 +115,7 @@ def nbytes(weight: torch.Tensor, weight_scale: torch.Tensor, *args: object) -> i
 define(
     Op(
         name="int4_sparse_prepack",
-        schema="(Tensor weight, Tensor weight_scale, int group_size) -> Tensor",
+        schema='(Tensor weight, Tensor weight_scale, int group_size, str layout="8x4") -> Tensor',
         reference=reference,
         fake=fake,
         tolerance=0.0,
@@ -99,4 +123,12 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("int4_sparse_prepack", "cpu", unsupported=cpu_unsupported)
+
+
+def unsupported(
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, layout: str = CPU_LAYOUT
+) -> str | None:
+    return why_not_on_cpu(weight, layout)
+
+
+backend.register_kernel("int4_sparse_prepack", "cpu", unsupported=unsupported)

@@ -7,10 +7,11 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
-from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops._registry import Op, define
 from tcompress.ops.int8_linear import MAX_K, check_residual
 from tcompress.ops.int8_linear import reference as dense_reference
 from tcompress.ops.sparse_linear import check_operands
+from tcompress.ops.sparse_prepack import why_not_on_cpu
 from tcompress.ops.sparse_unpack import reference as unpack
 
 
@@ -36,7 +37,8 @@ def int8_sparse_linear(
         weight_scale: [N] float32.
         bias: [N], any float type, or None.
         layout: "1x4", "8x4" or "2:4". With the last, asymmetric activations on x86 alone are multiplied without the
-            zeros; otherwise the weight is unpacked at each call, which is slower than `int8_linear`.
+            zeros; otherwise the weight is unpacked at each call, which is slower than `int8_linear`. Or one of a
+            GPU's.
         act_bits, act_symmetric, activation, out_dtype, residual: as in `int8_linear`; `out_dtype=torch.int32` gives
             the sums.
 
@@ -124,4 +126,18 @@ define(
         nbytes=nbytes,
     )
 )
+
+
+def cpu_unsupported(
+    x: torch.Tensor,
+    kernel_weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: str = "1x4",
+    *args: object,
+    **kwargs: object,
+) -> str | None:
+    return why_not_on_cpu(x, layout)
+
+
 backend.register_kernel("int8_sparse_linear", "cpu", unsupported=cpu_unsupported)

@@ -32,13 +32,16 @@ def quantized_attention_varlen(
     """`quantized_attention` of each of N sequences by itself, without padding.
 
     Sequence n has the queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1] - 1` and the keys and values likewise; the
-    numbers are those of a call with that sequence alone, bit for bit.
+    numbers are those of a call with that sequence alone, bit for bit. (On a GPU: if both run with the same tile, and all
+    keys together are at most 8192, beyond which means of keys may be summed in another order.)
 
     Args:
         q: [Tq, H, D], float32, bfloat16 or float16; the tokens of all sequences.
         k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv].
         cu_seqlens_q, cu_seqlens_k: [N + 1] int32 or int64 on the CPU or on q's device: 0, then the sums of the lengths.
-        bits, is_causal, scale, enable_gqa, window, softcap: as in `quantized_attention`.
+            What they hold on a GPU is not checked, which would wait for it. There the Triton kernel holds them to
+            0 … tokens, and queries behind the last offset, in a buffer that is not full, give zeros.
+        bits, is_causal, scale, enable_gqa, window, softcap: as in `quantized_attention`; "auto" is 8 on a GPU.
         return_lse: also return the logarithms of the denominators, [H, Tq] float32.
 
     Returns:
@@ -58,6 +61,8 @@ def quantized_attention_varlen(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         got = f"{list(cu_seqlens_q.shape)}, {list(cu_seqlens_k.shape)}"
         raise ValueError(message(op, "cu_seqlens_q, cu_seqlens_k", got, "as many sequences in both"))
+    if bits == "auto" and q.is_cuda:
+        bits = 8  # what the GPU's kernel has
     options = checked_options(op, bits, is_causal, window, softcap, scale, q.shape[-1])
     out, lse = backend.call(op, q, k, v, cu_seqlens_q.long(), cu_seqlens_k.long(), *options, return_lse)
     return (out, lse) if return_lse else out
@@ -100,8 +105,8 @@ def _check_offsets(op: str, name: str, offsets: torch.Tensor, tokens: int) -> No
         raise TypeError(message(op, name, got, "an int32 or int64 tensor"))
     if offsets.dim() != 1 or len(offsets) == 0:
         raise ValueError(message(op, name, list(offsets.shape), "[sequences + 1]"))
-    if torch.compiler.is_compiling():
-        return  # the values are not known; the kernel checks them again
+    if offsets.is_cuda or torch.compiler.is_compiling():
+        return  # the values are not known; the CPU kernel checks them again
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
         expected = f"offsets that rise from 0 to {tokens}, the number of tokens"

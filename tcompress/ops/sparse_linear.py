@@ -1,4 +1,4 @@
-"""Linear layer with a float32 weight of which most is zero."""
+"""Linear layer with a float weight of which most is zero."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
-from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.ops._registry import Op, define
 from tcompress.ops.int8_linear import check_activation, check_bias, check_residual, finish
+from tcompress.ops.sparse_prepack import float_type, why_not_on_cpu
 from tcompress.ops.sparse_unpack import check_kernel_weight
 from tcompress.ops.sparse_unpack import reference as unpack
 
@@ -30,10 +31,11 @@ def sparse_linear(
 
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides.
-        kernel_weight: the result of `sparse_prepack(weight, layout)` of a float32 weight [N, K].
+        kernel_weight: the result of `sparse_prepack(weight, layout)` of a float weight [N, K].
         out_features: N.
         bias: [N], any float type, or None.
-        layout: "unstructured" or "8x4".
+        layout: "unstructured" or "8x4"; or one of a GPU's, whose kernels multiply in 16-bit floats where weight and
+            `x` have the same type, and add up in float32.
         activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
         out_dtype: type of the result, by default that of `x`.
         residual: like the result in shape and type, added last; or None.
@@ -45,7 +47,7 @@ def sparse_linear(
         TypeError: a wrong dtype. ValueError: shapes that do not fit, an unknown layout or activation.
     """
     op = "sparse_linear"
-    check_operands(op, x, kernel_weight, out_features, bias, torch.float32, layout, activation)
+    check_operands(op, x, kernel_weight, out_features, bias, float_type(layout), layout, activation)
     if out_dtype is not None and out_dtype not in per_token.FLOAT_DTYPES:
         raise TypeError(message(op, "out_dtype", out_dtype, "float32, bfloat16 or float16"))
     check_residual(op, residual, x, out_features, out_dtype)
@@ -79,7 +81,7 @@ def reference(
     out_dtype: torch.dtype | None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    weight = unpack(kernel_weight, out_features, x.shape[-1], torch.float32, layout)
+    weight = unpack(kernel_weight, out_features, x.shape[-1], float_type(layout), layout).float()
     rows = x.float()
     whole = rows.isfinite().all(-1, keepdim=True)
     y = (rows @ weight.t()).masked_fill(~whole, torch.nan)
@@ -122,4 +124,18 @@ define(
         nbytes=nbytes,
     )
 )
+
+
+def cpu_unsupported(
+    x: torch.Tensor,
+    kernel_weight: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None = None,
+    layout: str = "unstructured",
+    *args: object,
+    **kwargs: object,
+) -> str | None:
+    return why_not_on_cpu(x, layout)
+
+
 backend.register_kernel("sparse_linear", "cpu", unsupported=cpu_unsupported)

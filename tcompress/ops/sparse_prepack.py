@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from tcompress import backend
 from tcompress.errors import message
+from tcompress.kernels.triton import sparse_layout
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import MAX_LANE_SUM, PANEL, QUAD
+from tcompress.ops.sparse_mma import MMA_TWO_FOUR, mma_bytes, pack_mma
 from tcompress.ops.sparse_two_four import TWO_FOUR, is_two_four, pack_two_four, two_four_bytes
 
 WORD = 64  # units whose places one word of the bitmap holds
@@ -25,43 +27,88 @@ LAYOUTS: dict[torch.dtype, dict[str, int]] = {
 
 
 def sparse_prepack(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    """Rearranges a weight with zeros into the layout that the CPU kernels read, drawn in `csrc/cpu/sparse_layout.h`.
+    """Rearranges a weight with zeros into the layout that a kernel reads: of the CPU's, drawn in
+    `csrc/cpu/sparse_layout.h`, or of a GPU's.
 
     Kept are the blocks that hold a non-zero weight: one unit, or one unit of each of eight outputs. Which they are is
     a bit for each block; the kept ones follow one another, by outputs. Derived whenever needed, and never saved.
 
     Args:
-        weight: [N, K] float32, or int8.
+        weight: [N, K] float32, or int8; for a GPU's layout float16 or bfloat16 too.
         layout: float32: "unstructured" or "8x4" (8 outputs; K is free). int8: "1x4", "8x4", or "2:4" for a weight of
             which at most two in each four along K are not zero; those are kept and nothing else
-            (`csrc/cpu/two_four_layout.h`).
+            (`csrc/cpu/two_four_layout.h`). For the Triton kernels "gpu-2:4", "gpu-8x4", "gpu-16x16" or "gpu-32x16",
+            with "-float16" or "-bfloat16" behind for a weight of that type (`kernels/triton/sparse_layout.py`); for the
+            CUDA C++ kernel "mma-2:4", int8 (`csrc/cuda/two_four_linear.h`).
 
     Returns:
-        One-dimensional int8 tensor; its size depends on the zeros, but not with "2:4".
+        One-dimensional int8 tensor; its size depends on the zeros, but not in a 2:4 layout.
 
     Raises:
         TypeError: a wrong dtype. ValueError: not two-dimensional, an unknown layout, or a weight that is not 2:4.
     """
-    if weight.dtype not in LAYOUTS:
-        raise TypeError(message("sparse_prepack", "weight", weight.dtype, "float32 or int8"))
+    check_dtype("sparse_prepack", "weight", weight.dtype, layout)
     if weight.dim() != 2:
         raise ValueError(message("sparse_prepack", "weight", f"{weight.dim()} dimensions", "[N, K]"))
     check_layout("sparse_prepack", layout, weight.dtype)
-    if layout == TWO_FOUR and not is_two_four(weight):
+    if is_fixed(layout) and not is_two_four(weight):
         raise ValueError(message("sparse_prepack", "weight", "more than two of four", "at most two that are not zero"))
     return backend.call("sparse_prepack", weight, layout)
 
 
 def layouts_of(dtype: torch.dtype) -> tuple[str, ...]:
-    """All layouts of float32 or int8 weights; "2:4" is not for any weight."""
-    return (*LAYOUTS[dtype], *((TWO_FOUR,) if dtype == torch.int8 else ()))
+    """All layouts of weights of a type; 2:4 is not for any weight."""
+    return (*cpu_layouts(dtype), *gpu_layouts(dtype))
+
+
+def cpu_layouts(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those of the CPU kernels."""
+    return (*LAYOUTS.get(dtype, {}), *((TWO_FOUR,) if dtype == torch.int8 else ()))
+
+
+def gpu_layouts(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those of the kernels for GPUs."""
+    return (*sparse_layout.names(dtype), *((MMA_TWO_FOUR,) if dtype == torch.int8 else ()))
+
+
+def gpu_pattern(layout: str) -> str | None:
+    """Of a layout of the Triton kernels what it keeps, "2:4" or "RxC"; None of another."""
+    known = sparse_layout.FLOAT_LAYOUTS.get(layout)
+    return known[0] if known else None
+
+
+def float_type(layout: str) -> torch.dtype:
+    """Of the float weights in a layout."""
+    known = sparse_layout.FLOAT_LAYOUTS.get(layout)
+    return known[1] if known else torch.float32
+
+
+def is_fixed(layout: str) -> bool:
+    """Whether its size does not depend on the zeros, for it keeps two of each four."""
+    return layout in (TWO_FOUR, MMA_TWO_FOUR) or gpu_pattern(layout) == TWO_FOUR
+
+
+def check_dtype(op: str, argument: str, dtype: torch.dtype, layout: str) -> None:
+    """Raises unless there are weights of this type in such a layout."""
+    if dtype not in LAYOUTS and layout not in sparse_layout.FLOAT_LAYOUTS:
+        raise TypeError(message(op, argument, dtype, "float32 or int8", "a GPU's layouts have 16-bit floats too"))
+    if dtype not in sparse_layout.SUFFIXES:
+        raise TypeError(message(op, argument, dtype, "float32, float16, bfloat16 or int8"))
 
 
 def check_layout(op: str, layout: str, dtype: torch.dtype) -> None:
     """Raises unless weights of this type have such a layout."""
-    names = layouts_of(dtype)
-    if layout not in names:
-        raise ValueError(message(op, "layout", repr(layout), f"one of {names} for {dtype}"))
+    if layout in layouts_of(dtype):
+        return
+    of_gpu = f"one of {gpu_layouts(dtype)}"
+    expected, hint = (f"one of {cpu_layouts(dtype)}", f"on a GPU {of_gpu}") if cpu_layouts(dtype) else (of_gpu, "")
+    raise ValueError(message(op, "layout", repr(layout), f"{expected} for {dtype}", hint))
+
+
+def why_not_on_cpu(x: torch.Tensor, layout: str) -> str | None:
+    """Why the CPU kernels do not take a tensor and a layout, or None."""
+    of_gpu = gpu_pattern(layout) is not None or layout == MMA_TWO_FOUR
+    return cpu_unsupported(x) or (f"layout {layout!r}: of the kernels for GPUs" if of_gpu else None)
 
 
 def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[str, int]:
@@ -75,6 +122,13 @@ def parts(n: int, k: int, dtype: torch.dtype, layout: str, blocks: int) -> dict[
     values = -(-(runs + (rows if integers else 0)) // CACHE_LINE) * CACHE_LINE
     size = values + blocks * block_bytes(dtype, layout) + PAD
     return {"offsets": offsets, "column_sums": column_sums, "runs": runs, "values": values, "bytes": size}
+
+
+def fixed_bytes(n: int, k: int, dtype: torch.dtype, layout: str) -> int:
+    """Of a weight [N, K] in a 2:4 layout."""
+    if layout == MMA_TWO_FOUR:
+        return mma_bytes(n, k)
+    return two_four_bytes(n, k) if layout == TWO_FOUR else sparse_layout.least_bytes(n, k, dtype, TWO_FOUR)
 
 
 def block_bytes(dtype: torch.dtype, layout: str) -> int:
@@ -117,8 +171,10 @@ def unpack_bitmap(bitmap: torch.Tensor, rows: int, units: int) -> torch.Tensor:
 
 
 def reference(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == TWO_FOUR:
-        return pack_two_four(weight)
+    if layout in (TWO_FOUR, MMA_TWO_FOUR):
+        return pack_two_four(weight) if layout == TWO_FOUR else pack_mma(weight)
+    if (pattern := gpu_pattern(layout)) is not None:
+        return sparse_layout.pack(weight, pattern)
     n, k = weight.shape
     integers = weight.dtype == torch.int8
     blocks = blocks_of(weight, LAYOUTS[weight.dtype][layout])
@@ -152,8 +208,9 @@ def _runs(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def fake(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == TWO_FOUR:
-        return weight.new_empty(two_four_bytes(*weight.shape))
+    if is_fixed(layout):
+        n, k = weight.shape
+        return weight.new_empty(fixed_bytes(n, k, weight.dtype, layout), dtype=torch.int8)
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 
@@ -176,4 +233,4 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("sparse_prepack", "cpu", unsupported=cpu_unsupported)
+backend.register_kernel("sparse_prepack", "cpu", unsupported=why_not_on_cpu)

@@ -6,19 +6,34 @@ import torch
 
 from tcompress import backend
 from tcompress.errors import message
-from tcompress.ops._registry import Op, cpu_unsupported, define
+from tcompress.kernels.triton import sparse_layout
+from tcompress.ops._registry import Op, define
 from tcompress.ops.int8_prepack import QUAD
-from tcompress.ops.sparse_prepack import LAYOUTS, PAD, block_bytes, check_layout, parts, unit_count, unpack_bitmap
-from tcompress.ops.sparse_two_four import TWO_FOUR, two_four_bytes, unpack_two_four
+from tcompress.ops.sparse_mma import MMA_TWO_FOUR, unpack_mma
+from tcompress.ops.sparse_prepack import (
+    LAYOUTS,
+    PAD,
+    block_bytes,
+    check_dtype,
+    check_layout,
+    fixed_bytes,
+    gpu_pattern,
+    is_fixed,
+    parts,
+    unit_count,
+    unpack_bitmap,
+    why_not_on_cpu,
+)
+from tcompress.ops.sparse_two_four import TWO_FOUR, unpack_two_four
 
 
 def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """The inverse of `sparse_prepack`: the weight [N, K], float32 or int8, bit for bit (but -0.0 is 0.0).
+    """The inverse of `sparse_prepack`: the weight [N, K] bit for bit (but -0.0 is 0.0).
 
     Args:
         kernel_weight: the result of `sparse_prepack(weight, layout)`.
         n, k: the shape of the weight.
-        dtype: its type, torch.float32 or torch.int8.
+        dtype: its type, torch.float32 or torch.int8, or what a GPU's layout has.
         layout: as it was packed.
 
     Returns:
@@ -27,8 +42,7 @@ def sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtyp
     Raises:
         TypeError: a wrong dtype. ValueError: an unknown layout, or a size that no such weight gives.
     """
-    if dtype not in LAYOUTS:
-        raise TypeError(message("sparse_unpack", "dtype", dtype, "torch.float32 or torch.int8"))
+    check_dtype("sparse_unpack", "dtype", dtype, layout)
     check_kernel_weight("sparse_unpack", kernel_weight, n, k, dtype, layout)
     return backend.call("sparse_unpack", kernel_weight, n, k, dtype, layout)
 
@@ -38,14 +52,18 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
     check_layout(op, layout, dtype)
     if kernel_weight.dtype != torch.int8:
         raise TypeError(message(op, "kernel_weight", kernel_weight.dtype, "int8, from sparse_prepack"))
-    if layout == TWO_FOUR:
-        size = two_four_bytes(n, k) if min(n, k) >= 0 else -1
+    if is_fixed(layout):
+        size = fixed_bytes(n, k, dtype, layout) if min(n, k) >= 0 else -1
         if kernel_weight.shape != (size,):
             expected = f"[{size}] for N={n}, K={k}" if size >= 0 else "sizes of at least 0"
             raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), expected, "from sparse_prepack"))
         return
-    least = parts(n, k, dtype, layout, 0)["bytes"] if min(n, k) >= 0 else 0
-    block = block_bytes(dtype, layout)
+    pattern = gpu_pattern(layout)
+    if pattern is None:
+        least, block = parts(max(n, 0), max(k, 0), dtype, layout, 0)["bytes"], block_bytes(dtype, layout)
+    else:
+        least = sparse_layout.least_bytes(max(n, 0), max(k, 0), dtype, pattern)
+        block = sparse_layout.block_bytes(dtype, pattern)
     size = kernel_weight.numel()
     if min(n, k) < 0 or kernel_weight.dim() != 1 or size < least or (size - least) % block:
         expected = f"[{least} + {block} a block] for N={n}, K={k}"
@@ -53,8 +71,10 @@ def check_kernel_weight(op: str, kernel_weight: torch.Tensor, n: int, k: int, dt
 
 
 def reference(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
-    if layout == TWO_FOUR:
-        return unpack_two_four(kernel_weight, n, k)
+    if layout in (TWO_FOUR, MMA_TWO_FOUR):
+        return (unpack_two_four if layout == TWO_FOUR else unpack_mma)(kernel_weight, n, k)
+    if (pattern := gpu_pattern(layout)) is not None:
+        return sparse_layout.unpack(kernel_weight, n, k, dtype, pattern)
     block_rows, units = LAYOUTS[dtype][layout], unit_count(k, dtype)
     rows = -(-n // block_rows)
     where = parts(n, k, dtype, layout, 0)
@@ -90,4 +110,10 @@ define(
         nbytes=nbytes,
     )
 )
+
+
+def cpu_unsupported(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dtype, layout: str) -> str | None:
+    return why_not_on_cpu(kernel_weight, layout)
+
+
 backend.register_kernel("sparse_unpack", "cpu", unsupported=cpu_unsupported)

@@ -21,6 +21,8 @@ class Prune(Step):
         algorithm: which go (`tcompress.prune`): "magnitude", the smallest; "wanda", those with the smallest products
             with their inputs; "sparsegpt", those that are easiest to make up for by the weights that stay; with "gptq"
             in another step both are done in one pass over the data. The latter two need data.
+        scope: whether each "layer" loses its part, or those go that are smallest in all layers of the step together
+            ("model"); by magnitude alone. For the other algorithms `tcompress.global_ratios` ranks the layers.
         targets, ignore: as in `Step`.
     """
 
@@ -30,6 +32,7 @@ class Prune(Step):
     algorithm: Literal["magnitude", "wanda", "sparsegpt"] = Field(
         "magnitude", validation_alias=AliasChoices("algorithm", "scores")
     )  # "scores" is what it was called
+    scope: Literal["layer", "model"] = "layer"
 
     @property
     def needs_data(self) -> bool:
@@ -56,4 +59,14 @@ class Prune(Step):
                 raise ValueError(f"got {value}, expected {1 - n / m} or nothing for {pattern}")
         elif value is None:
             raise ValueError(f"got nothing, expected 0 to 1 for {pattern}")
+        return value
+
+    @field_validator("scope")
+    @classmethod
+    def _rankable(cls, value: str, info: ValidationInfo) -> str:
+        algorithm, pattern = info.data.get("algorithm", "magnitude"), info.data.get("pattern", "unstructured")
+        if value == "model" and algorithm != "magnitude":
+            raise ValueError(f"got 'model' with {algorithm}, expected 'layer'; see tcompress.global_ratios")
+        if value == "model" and Pattern.parse(pattern).kind == "n_m":
+            raise ValueError(f"got 'model' with {pattern}, expected 'layer': it says what each layer loses")
         return value

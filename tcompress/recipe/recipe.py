@@ -11,15 +11,35 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
 
 from tcompress.errors import message
+from tcompress.recipe.awq import AWQ
+from tcompress.recipe.codebook import Codebook
+from tcompress.recipe.distill import Distill
+from tcompress.recipe.low_rank import LowRank
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
+from tcompress.recipe.rotate import Rotate
+from tcompress.recipe.share import Share
+from tcompress.recipe.shrink import Shrink
+from tcompress.recipe.smooth import Smooth
 from tcompress.recipe.sparse import Sparse
 from tcompress.recipe.step import Step
 
 #: The recipe's format; raised when an old file would be read differently.
 VERSION = 1
 #: The kinds of steps, in the order of the documentation.
-STEPS: tuple[type[Step], ...] = (Quantize, Sparse, Prune)
+STEPS: tuple[type[Step], ...] = (
+    Quantize,
+    Sparse,
+    Prune,
+    Smooth,
+    AWQ,
+    Rotate,
+    Distill,
+    Shrink,
+    Share,
+    Codebook,
+    LowRank,
+)
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
 
@@ -33,14 +53,25 @@ def _kind(step: Any) -> str | None:
 
 #: Any step of a recipe. The type checker is told a union; a new kind stands here and in `STEPS`.
 AnyStep = Annotated[
-    Annotated[Quantize, Tag("quantize")] | Annotated[Sparse, Tag("sparse")] | Annotated[Prune, Tag("prune")],
+    Annotated[Quantize, Tag("quantize")]
+    | Annotated[Sparse, Tag("sparse")]
+    | Annotated[Prune, Tag("prune")]
+    | Annotated[Smooth, Tag("smooth")]
+    | Annotated[AWQ, Tag("awq")]
+    | Annotated[Rotate, Tag("rotate")]
+    | Annotated[Distill, Tag("distill")]
+    | Annotated[Shrink, Tag("shrink")]
+    | Annotated[Share, Tag("share")]
+    | Annotated[Codebook, Tag("codebook")]
+    | Annotated[LowRank, Tag("low_rank")],
     Discriminator(_kind),
 ]
 
 
 class Recipe(BaseModel):
     """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
-    keeps it.
+    keeps it. Steps that make another model in floating point (`step.Transform`) are run before all these, in order;
+    a `Distill` step comes after the `Prune` steps that stand before it, and trains what they left.
 
     Attributes:
         version: of the format.
@@ -131,7 +162,10 @@ class Recipe(BaseModel):
 
 def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in the form `argument: got X, expected Y`."""
-    place = ".".join(str(part) for part in error["loc"] if part not in _KINDS)
+    # The third part, ("steps", 0, "prune", …), is the kind of step; "prune" further on is a field.
+    place = ".".join(str(part) for i, part in enumerate(error["loc"]) if i != 2 or part not in _KINDS)
+    if error["type"] == "union_tag_invalid" and len(error["loc"]) > 2:
+        return f"{place}: got {error['ctx']['tag']!r}, expected one of {error['ctx']['expected_tags']}"
     if error["type"] == "union_tag_invalid":
         return f"{place}.step: got {error['input']['step']!r}, expected {_ANY_KIND}"
     if error["type"] == "union_tag_not_found":

@@ -10,7 +10,7 @@ kernel writes them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -44,11 +44,19 @@ def touched(x: torch.Tensor) -> np.ndarray:
 class Emulator:
     """instructions: run so far, of a block each. launched: what was run. reverse: the last block first.
 
-    edit: gets a kernel's name and PTX, gives the PTX to run: to plant a defect.
+    edit: gets a kernel's name and PTX, gives the PTX to run: to plant a defect. reads_unwritten: kernels that may read
+    memory which nothing wrote, for rows that they drop.
     """
 
-    def __init__(self, architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None) -> None:
+    def __init__(
+        self,
+        architecture: int,
+        reverse: bool = False,
+        edit: Callable[[str, str], str] | None = None,
+        reads_unwritten: Collection[str] = (),
+    ) -> None:
         self.architecture = architecture
+        self.reads_unwritten = reads_unwritten
         self.reverse = reverse
         self.edit = edit or (lambda name, text: text)
         self.instructions = 0
@@ -79,6 +87,8 @@ class Emulator:
             kept = self._state.get(key)
             base[key] = space.add(storage_bytes(views[0]), valid, True if kept is None else kept[1])
         space.freeze()
+        if launch.kernel in self.reads_unwritten:
+            space.allow_unwritten()
         values: list[Any] = [
             base[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size()
             if isinstance(x, torch.Tensor)
@@ -113,9 +123,12 @@ _empty = torch.empty
 
 @contextmanager
 def emulated(
-    architecture: int, reverse: bool = False, edit: Callable[[str, str], str] | None = None
+    architecture: int,
+    reverse: bool = False,
+    edit: Callable[[str, str], str] | None = None,
+    reads_unwritten: Collection[str] = (),
 ) -> Iterator[Emulator]:
-    """Within, the launchers' kernels run in the emulator, as compiled for `architecture` (80, 86, 89 or 120)."""
-    emulator = Emulator(architecture, reverse, edit)
+    """Within, the launchers' kernels run in the emulator, as compiled for `architecture` (80, 86, 89, 90 or 120)."""
+    emulator = Emulator(architecture, reverse, edit, reads_unwritten)
     with launches(architecture, emulator.run), mock.patch("torch.empty", emulator.empty):
         yield emulator

@@ -76,3 +76,27 @@ def on_cuda(mode: FakeTensorMode, x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+def outputs(result: Any) -> tuple[Any, ...]:
+    """Of an op, as a tuple."""
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def layout(x: torch.Tensor) -> tuple[Any, ...]:
+    """Shape, type, and strides of the axes that have another element to step to."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    return x.shape, x.dtype, strides if x.numel() else None
+
+
+def graph_of(module: Any, *inputs: Any, **options: Any) -> tuple[list[str], Any]:
+    """The operators of a module's one graph, and its result."""
+    seen: list[str] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    result = torch.compile(module, fullgraph=True, backend=compiler)(*inputs, **options)
+    return seen, result

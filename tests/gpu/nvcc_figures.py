@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
+import os
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,18 +54,42 @@ def nvdisasm() -> str | None:
     return str(path) if path.exists() else None
 
 
-def compile_cubin(nvcc: str, source: str, architecture: int, flags: list[str], folder: Path) -> tuple[Path, dict]:
-    """csrc/cuda/`source`.cu to a cubin, and `Figures` by kernel (its mangled name)."""
-    cubin = folder / f"{source}_{architecture}.cubin"
-    command = [nvcc, *flags, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
-    done = subprocess.run([*command, str(CUDA / f"{source}.cu")], capture_output=True, text=True, check=True)
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
-    )
-    found = re.findall(pattern, done.stderr, flags=re.S)
-    figures = {name: Figures(int(used), int(stack), int(st), int(ld)) for name, stack, st, ld, used in found}
-    return cubin, figures
+@dataclass(frozen=True)
+class Built:
+    """What nvcc made of a source: files, and what ptxas said."""
+
+    ptx: Path
+    cubin: Path
+    log: str
+
+    def figures(self) -> dict[str, Figures]:
+        """By kernel (its mangled name)."""
+        pattern = (
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers"
+        )
+        found = re.findall(pattern, self.log, flags=re.S)
+        return {name: Figures(int(used), int(stack), int(st), int(ld)) for name, stack, st, ld, used in found}
+
+
+def build(nvcc: str, source: str, architecture: int, flags: list[str]) -> Built:
+    """csrc/cuda/`source`.cu; kept in the user's temporary folder until a file of csrc/cuda changes, so that one
+    compilation serves the tests of the PTX and those of the machine code. A second process waits for the first."""
+    command = [nvcc, *flags, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "--keep"]
+    inputs = sorted([*CUDA.iterdir(), *(CUDA.parent / "cpu").glob("*_kind.h")])
+    key = hashlib.sha256(b"".join(p.read_bytes() for p in inputs) + " ".join(command).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"tcompress-nvcc-{os.getuid()}" / f"{source}_{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, cubin = folder / "ptxas.log", folder / f"{source}.cubin"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            made = [*command, "--keep-dir", str(folder), "-o", str(cubin), str(CUDA / f"{source}.cu")]
+            done = subprocess.run(made, capture_output=True, text=True, check=True)
+            part = log.with_suffix(".part")
+            part.write_text(done.stderr)
+            part.replace(log)
+    return Built(folder / f"{source}.ptx", cubin, log.read_text())
 
 
 def loops(disassembler: str, cubin: Path) -> dict[str, list[Loop]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ptx import run_ptx
 
-HEAD = ".version 8.7\n.target sm_80\n.address_size 64\n"
+HEAD = ".version 8.7\n.target {}\n.address_size 64\n"
 #: Register letter of each width in `entry`.
 DECLARED = """.reg .pred %p<32>;
 .reg .b16 %h<32>;
@@ -16,18 +16,17 @@ DECLARED = """.reg .pred %p<32>;
 """
 
 
-def entry(body: str, pointers: int = 1, outside: str = "") -> str:
+def entry(body: str, pointers: int = 1, outside: str = "", target: str = "sm_80") -> str:
     """A kernel `k` with that many pointers as parameters, in %d0, %d1, …; %r0 is the thread's number."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(pointers))
     loads = "".join(f"ld.param.u64 %d{i}, [p{i}];\n" for i in range(pointers))
-    return (
-        f"{HEAD}{outside}.visible .entry k({parameters})\n{{\n{DECLARED}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
-    )
+    head = f"{HEAD.format(target)}{outside}.visible .entry k({parameters})\n"
+    return f"{head}{{\n{DECLARED}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
 
 
 def run(body: str, *arrays: Any, threads: int = 32, blocks: int = 1, shared: int = 0, **kwargs: Any) -> int:
     """`entry` on these buffers."""
-    text = entry(body, len(arrays), kwargs.pop("outside", ""))
+    text = entry(body, len(arrays), kwargs.pop("outside", ""), kwargs.pop("target", "sm_80"))
     return run_ptx(text, "k", (blocks, 1, 1), (threads, 1, 1), arrays, shared, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import math
 import os
@@ -46,13 +47,15 @@ def build(folder: Path, *flags: str) -> Path:
     inputs = [*SHIM.iterdir(), *CUDA.iterdir(), *(CUDA.parent / "cpu").glob("*_kind.h")]
     text = b"".join(p.read_bytes() for p in sorted(inputs)) + " ".join([*FLAGS, *flags]).encode()
     target = folder / f"kernels_on_cpu_{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}")
-        gxx = compiler()
-        assert gxx
-        command = [gxx, *FLAGS, *flags, "-I", str(SHIM), "-I", str(CUDA), *map(str, sources), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.replace(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's
+        if not target.exists():
+            part = target.with_suffix(f".{os.getpid()}")
+            gxx = compiler()
+            assert gxx
+            command = [gxx, *FLAGS, *flags, "-I", str(SHIM), "-I", str(CUDA), *map(str, sources), "-o", str(part)]
+            subprocess.run(command, check=True)
+            part.replace(target)
     return target
 
 
@@ -275,17 +278,21 @@ class Library:
     ) -> torch.Tensor:
         """a [M, lda] of int8 and the 2:4 weight as `pack_n_m` stores it: packed for the kernel, then multiplied."""
         m, n = a.shape[0], weight_scale.shape[0]
+        packed = self.two_four_pack(values, index, n, k)
+        y = Guarded((m, n), out_dtype)
+        self.call(
+            "two_four_linear", a, packed, scale, weight_scale, bias, y.tensor, m, n, k, a.shape[1],
+            DTYPES.index(out_dtype), ACTIVATIONS.index(activation), multiprocessors,
+        )  # fmt: skip
+        return y.check()
+
+    def two_four_pack(self, values: torch.Tensor, index: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        """The 2:4 weight [N, K] as `pack_n_m` stores it, packed for the kernel: uint8."""
         self._c.shim_two_four_bytes.restype = ctypes.c_int64
         size = self._c.shim_two_four_bytes(ctypes.c_int64(n), ctypes.c_int64(k))
         packed = Guarded((size,), torch.uint8)
         self.call("two_four_pack", values, index, n, k, packed.tensor)
-        packed.check()
-        y = Guarded((m, n), out_dtype)
-        self.call(
-            "two_four_linear", a, packed.tensor, scale, weight_scale, bias, y.tensor, m, n, k, a.shape[1],
-            DTYPES.index(out_dtype), ACTIVATIONS.index(activation), multiprocessors,
-        )  # fmt: skip
-        return y.check()
+        return packed.check()
 
     def pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """int8 [N, K] to rows of a multiple of 16 bytes."""

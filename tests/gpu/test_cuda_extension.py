@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import setup_cuda  # noqa: E402
 
-CUDA_OPS = ("quantize_per_token", "int8_linear", "int8_linear_quantized", "quantized_attention")
+CUDA_OPS = ("quantize_per_token", "int8_linear", "int8_linear_quantized", "int8_sparse_linear", "quantized_attention")
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import nvcc_figures
 import pytest
 import torch
 
@@ -32,9 +32,7 @@ FLOAT32, BFLOAT16, FLOAT16, INT32 = (np.int32(i) for i in range(4))
 
 @cache
 def compiled(source: str) -> str:
-    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-o", "/dev/stdout"]
-    path = ROOT / "csrc" / "cuda" / f"{source}.cu"
-    return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+    return nvcc_figures.build(NVCC, source, 80, setup_cuda.NVCC_FLAGS).ptx.read_text()
 
 
 def kernel(source: str, part: str) -> str:

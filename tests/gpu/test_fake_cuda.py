@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import fake_cuda, on_cuda
+from fake_cuda import fake_cuda, graph_of, layout, on_cuda, outputs
 
 from tcompress import backend, cuda_backend, explain, nn, ops, triton_backend, use_backend
 from tcompress.nn.quantized_linear import multi_linear
@@ -17,30 +17,17 @@ from tcompress.ops._registry import OPS
 sys.path.append(str(Path(__file__).parent.parent / "ops"))
 import cases
 
-SAMPLES = [(op, i) for op, samples in cases.SAMPLES.items() for i in range(len(samples))]
+#: Of sparse weights: test_fake_cuda_sparse.
+SAMPLES = [(op, i) for op in cases.SAMPLES if "sparse" not in op for i in range(len(cases.SAMPLES[op]))]
 TRITON = [(op, i) for op, i in SAMPLES if "triton" in backend.kernels(op)]
-#: Their references look at data: at the pattern of a sparse weight, the sequences' ends, the runs of a schedule.
-LOOK_AT_DATA = {
-    "int8_prepack",
-    "int4_sparse_linear", "int4_sparse_prepack", "int4_sparse_unpack", "int8_sparse_linear", "sparse_linear",
-    "sparse_prepack", "sparse_unpack", "quantized_attention_varlen",
-}  # fmt: skip
+#: Their references look at data: at the sequences' ends, the runs of a schedule.
+LOOK_AT_DATA = {"int8_prepack", "quantized_attention_varlen"}
 
 
 @pytest.fixture(autouse=True)
 def _triton_is_there(monkeypatch):
     """Also where it is not installed: nothing here runs it."""
     monkeypatch.setattr(triton_backend, "WHY_NO_TRITON", None)
-
-
-def outputs(result):
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-def layout(x):
-    """Shape, type, and strides of the axes that have another element to step to."""
-    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    return x.shape, x.dtype, strides if x.numel() else None
 
 
 @pytest.mark.parametrize(("op", "i"), [s for s in SAMPLES if s[0] not in LOOK_AT_DATA])
@@ -196,19 +183,6 @@ def test_a_module_moves(scheme):
         assert (y.shape, y.dtype, y.device.type) == ((2, 5, 33), torch.bfloat16, "cuda")
         if module.qdata.dtype == torch.int8:
             assert explain(ops.int8_linear, x, module.qdata, module.scale).backend == "triton"
-
-
-def graph_of(module, *inputs, **options):
-    """The operators of a module's one graph."""
-    seen = []
-
-    def compiler(graph, _):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
-    result = torch.compile(module, fullgraph=True, backend=compiler)(*inputs, **options)
-    return seen, result
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A7"])

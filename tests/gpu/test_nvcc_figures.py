@@ -35,15 +35,16 @@ SHARES = {
 
 
 @pytest.mark.parametrize(("source", "architecture"), CASES)
-def test_no_spills_and_enough_products(tmp_path, source, architecture):
+def test_no_spills_and_enough_products(source, architecture):
     assert NVCC
     assert DISASSEMBLER
-    cubin, figures = nvcc_figures.compile_cubin(NVCC, source, architecture, setup_cuda.NVCC_FLAGS, tmp_path)
+    built = nvcc_figures.build(NVCC, source, architecture, setup_cuda.NVCC_FLAGS)
+    figures = built.figures()
     assert any(f"{source}_kernel" in name for name in figures)
     for name, figure in figures.items():
         assert (figure.stack, figure.spill_stores, figure.spill_loads) == (0, 0, 0), name
         assert figure.registers <= 255
-    for name, loops in nvcc_figures.loops(DISASSEMBLER, cubin).items():
+    for name, loops in nvcc_figures.loops(DISASSEMBLER, built.cubin).items():
         for key, least in SHARES.items():
             if key in name:
                 assert max(loop.mma_share for loop in loops) >= least, name

@@ -15,10 +15,12 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 sys.path.append(str(Path(__file__).parent.parent / "ops"))
+sys.path.append(str(Path(__file__).parent.parent / "nn"))
 import cases
+import sparse_layers
 from tcompress.kernels.triton.bindings import KERNELS
 
-from tcompress import backend, cuda_backend, nn, triton_backend, use_backend
+from tcompress import backend, cuda_backend, explain, nn, triton_backend, use_backend
 from tcompress.ops._registry import OPS
 
 UNSUPPORTED = {
@@ -71,7 +73,7 @@ def test_samples_agree_with_the_reference(name, op):
     if WHY_NOT[name]:
         pytest.skip(WHY_NOT[name])
     ran = 0
-    for sample in cases.SAMPLES[op]:
+    for sample in cases.gpu_samples(op):
         arguments = in_storage_layout(op, sample)
         if UNSUPPORTED[name][op](*arguments) is not None:
             continue
@@ -94,6 +96,21 @@ def test_samples_agree_with_the_reference(name, op):
     assert ran
 
 
+def run_as(how, module, x):
+    """The module's result for `x`, on the GPU."""
+    inputs = torch.zeros_like(x, device="cuda")
+    run = torch.compile(module, fullgraph=True) if how == "compiled" else module
+    got = run(inputs)
+    if how != "graph":
+        return run(x.cuda())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(inputs)
+    inputs.copy_(x)
+    graph.replay()
+    return got
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled", "graph"])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("scheme", ["W8A8", "W7A7"])
@@ -106,17 +123,45 @@ def test_linear_module(name, how, scheme):
     expected, state = module(x), {key: value.clone() for key, value in module.state_dict().items()}
     module.to("cuda")
     with use_backend(name):
-        inputs = torch.zeros(32, 512, device="cuda")
-        run = torch.compile(module, fullgraph=True) if how == "compiled" else module
-        got = run(inputs)
-        if how == "graph":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                got = run(inputs)
-            inputs.copy_(x)
-            graph.replay()
-        else:
-            got = run(x.cuda())
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run_as(how, module, x).cpu(), expected, rtol=1e-5, atol=1e-5)
     module.to("cpu")
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in state.items())
+
+
+SPARSE = [(scheme, f"gpu-{pattern}") for scheme in (None, "W8A8", "W7A7") for pattern in ("2:4", "8x4", "32x16")]
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "graph"])
+@pytest.mark.parametrize(("scheme", "layout"), [*SPARSE, ("W8A8", "mma-2:4")])
+def test_sparse_layer(scheme, layout, how):
+    name = "cuda" if layout.startswith("mma") else "triton"
+    if WHY_NOT[name]:
+        pytest.skip(WHY_NOT[name])
+    torch._dynamo.reset()
+    linear = sparse_layers.pruned(256, 512, layout.split("-")[1])
+    x = sparse_layers.tokens(32, 512)
+    expected = nn.SparseLinear.from_linear(linear, scheme, layout="dense")
+    module = nn.SparseLinear.from_linear(linear.cuda(), scheme, layout=layout)
+    assert explain(module).backend == name
+    with torch.no_grad():
+        got = run_as(how, module, x)
+        torch.testing.assert_close(got.cpu(), expected(x), rtol=1e-4, atol=1e-5)
+    state = module.state_dict()
+    assert all(torch.equal(value.cpu(), state[key].cpu()) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("tune", ["0", "1"])
+@pytest.mark.parametrize("scheme", [None, "W8A8"])
+def test_a_sparse_layer_moves(scheme, tune, monkeypatch):
+    """It measures its layouts on the GPU, or asks the rule, and takes its own again on the CPU."""
+    monkeypatch.setenv("TCOMPRESS_TUNE", tune)
+    linear = sparse_layers.pruned(256, 512, "16x16", 0.9)
+    module = nn.SparseLinear.from_linear(linear, scheme, layout="8x4")
+    x = sparse_layers.tokens(32, 512)
+    expected, packed = module(x), module.kernel_weight.clone()
+    module.to("cuda")
+    torch.testing.assert_close(module(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert {c.name for c in explain(module).candidates} >= {"dense", "gpu-8x4", "gpu-16x16"}
+    module.to("cpu")
+    assert torch.equal(module.kernel_weight, packed)
+    assert torch.equal(module(x), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx import AsyncNotWaited, Buffer, InvalidOperand, Misaligned, OutOfBounds, Race, Uninitialised
+from ptx.memory import POISON, GlobalMemory
 from ptx_samples import run
 
 I32 = np.int32
@@ -85,6 +86,20 @@ def test_what_nothing_wrote():
         run("@%p1 mov.u32 %r1, 0;", np.zeros(1))
     with pytest.raises(Uninitialised, match="address"):
         run("ld.global.b32 %r1, [%d9];", np.zeros(1))
+
+
+def test_what_nothing_wrote_may_be_allowed():
+    memory = GlobalMemory()
+    start = memory.add(np.zeros(64, np.uint8), written=False)
+    memory.freeze()
+    memory.new_launch()
+    where = np.array([start]), 4, 4, np.array([0]), 0
+    with pytest.raises(Uninitialised):
+        memory.load(*where)
+    memory.allow_unwritten()
+    assert memory.load(*where).item() == int.from_bytes(bytes([POISON] * 4), "little")
+    with pytest.raises(OutOfBounds):
+        memory.load(np.array([start + 64]), *where[1:])
 
 
 def test_a_register_that_some_threads_wrote_is_poison_for_the_others():

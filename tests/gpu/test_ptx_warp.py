@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx import DivergentWarp, InvalidOperand
+from ptx import DivergentWarp
 from ptx_samples import evaluate, run
 
 U32, I32, F32 = np.uint32, np.int32, np.float32
@@ -224,78 +224,6 @@ def test_mma_of_floats(k, name):
     for lane in range(32):
         for i in range(4):
             assert got[i, lane] == pytest.approx(exact[place_c(lane, i)] + float(c[i, lane]), rel=2**-24, abs=1e-12)
-
-
-def kept_of(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A [16, 64] with 2 of 4 columns to its kept elements [16, 32], and the metadata of each row and half [16, 2]."""
-    kept, words = np.zeros((16, 32), dense.dtype), np.zeros((16, 2), U32)
-    for row in range(16):
-        for chunk in range(16):
-            four = dense[row, 4 * chunk : 4 * chunk + 4]
-            first, second = np.flatnonzero(four)
-            kept[row, 2 * chunk : 2 * chunk + 2] = four[first], four[second]
-            words[row, chunk // 8] |= U32((int(first) | int(second) << 2) << 4 * (chunk % 8))
-    return kept, words
-
-
-def sparse_a() -> np.ndarray:
-    rng = np.random.default_rng(8)
-    kept = np.argsort(rng.random((16, 16, 4)), axis=2) < 2
-    return (
-        np.where(kept, rng.integers(1, 128, kept.shape) * rng.choice([-1, 1], kept.shape), 0)
-        .astype(np.int8)
-        .reshape(16, 64)
-    )
-
-
-SPARSE = """mad.wide.u32 %d9, %r0, 4, %d1;
-{loads}
-mma.sp{ordered}.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {{%r30, %r31, %r32, %r33}}, {{%r10, %r11, %r12, %r13}},
-    {{%r14, %r15, %r16, %r17}}, {{%r18, %r19, %r20, %r21}}, %r22, 0x0;
-mad.wide.u32 %d9, %r0, 4, %d0;
-{stores}"""
-
-
-def sparse_product(kept: np.ndarray, words: np.ndarray, b: np.ndarray, c: np.ndarray, ordered: str = "") -> np.ndarray:
-    # thread t of a quad: row g + 8 (t % 2), columns from 32 (t / 2) on
-    metadata = np.array([words[(lane >> 2) + 8 * (lane % 2), lane % 4 // 2] for lane in range(32)], U32)
-    block = np.stack([*gathered(kept, place_a, 4, 4), *gathered(b, place_b, 4, 4), *c.view(U32), metadata])
-    loads = "".join(f"ld.global.b32 %r{10 + i}, [%d9+{128 * i}];\n" for i in range(13))
-    stores = "".join(f"st.global.b32 [%d9+{128 * i}], %r{30 + i};\n" for i in range(4))
-    out = np.zeros((4, 32), I32)
-    run(SPARSE.format(loads=loads, stores=stores, ordered=ordered), out, block)
-    return out
-
-
-@pytest.mark.parametrize("ordered", ["", "::ordered_metadata"])
-def test_sparse_mma(ordered):
-    rng = np.random.default_rng(9)
-    dense, b = sparse_a(), rng.integers(-128, 128, (64, 8)).astype(np.int8)
-    c = rng.integers(-(2**20), 2**20, (4, 32)).astype(I32)
-    got = sparse_product(*kept_of(dense), b, c, ordered)
-    exact = dense.astype(np.int64) @ b.astype(np.int64)
-    for lane in range(32):
-        for i in range(4):
-            assert got[i, lane] == exact[place_c(lane, i)] + c[i, lane]
-
-
-def test_sparse_metadata_out_of_order():
-    kept, words = kept_of(sparse_a())
-    words[3, 1] &= ~U32(0xF0)
-    with pytest.raises(InvalidOperand, match="metadata"):
-        sparse_product(kept, words, np.zeros((64, 8), np.int8), np.zeros((4, 32), I32))
-
-
-def test_metadata_is_in_the_order_that_torch_gives_cutlass():
-    """There the words of a quad's threads follow one another: ColumnMajorInterleaved<2> of pairs of columns."""
-    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
-    torch = pytest.importorskip("torch")
-    dense = sparse_a()
-    kept, stored = conversions.sparse_semi_structured_from_dense_cutlass(torch.from_numpy(dense))
-    expected_kept, words = kept_of(dense)
-    assert (kept.numpy() == expected_kept).all()
-    by_lane = [int(words[(lane >> 2) + 8 * (lane % 2), lane % 4 // 2]) for lane in range(32)]
-    assert stored.numpy().view(U32).reshape(-1).tolist() == by_lane
 
 
 def test_warps_of_a_block_multiply_their_own():

@@ -7,6 +7,7 @@ import shim_library
 import torch
 from shim_library import Library, caught
 
+from tcompress import ops
 from tcompress.packing.sparse_n_m import pack_n_m
 
 pytestmark = pytest.mark.skipif(shim_library.compiler() is None, reason="g++ is not installed")
@@ -59,6 +60,16 @@ def test_sums_are_exact(lib, m, n, k, multiprocessors, order):
     w = weight(n, k)
     got = product(lib, m, w, multiprocessors=multiprocessors)
     assert torch.equal(got.double(), activations(m, k)[:, :k].double() @ w.double().t())
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 64), (33, 130), (40, 1000)])
+def test_the_layout_of_the_op_is_the_kernel_s(lib, n, k):
+    """`sparse_prepack` packs in plain torch."""
+    w = weight(n, k)
+    stored = pack_n_m(w, (2, 4), 8)
+    assert torch.equal(
+        lib.two_four_pack(stored.values, stored.index, n, k).view(torch.int8), ops.sparse_prepack(w, "mma-2:4")
+    )
 
 
 def test_epilogue(lib):

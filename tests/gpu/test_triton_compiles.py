@@ -114,7 +114,9 @@ def test_some_of_the_kernels(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ALL)
 def test_every_kernel_in_every_tile(architecture):
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    # each starts a compiler's process; other processes of pytest, if there are any, do so too
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // beside))) as pool:
         found = pool.map(lambda launch: defect(launch, architecture), shipped(architecture, every))
     assert [d for d in found if d] == []
 

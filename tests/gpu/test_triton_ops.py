@@ -21,7 +21,17 @@ from tcompress import backend, explain, nn, ops, use_backend  # noqa: E402
 from tcompress.nn.quantized_linear import multi_linear  # noqa: E402
 from tcompress.ops._registry import OPS  # noqa: E402
 
-FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear", "int4_linear")
+FLOATS = (
+    "int8_linear",
+    "int8_linear_quantized",
+    "int8_multi_linear",
+    "int4_linear",
+    "sparse_linear",
+    "int8_sparse_linear",
+    "int4_sparse_linear",
+)
+#: Weights into the layout of a kernel and back: plain torch.
+PLAIN_TORCH = ("sparse_prepack", "sparse_unpack", "int4_sparse_prepack", "int4_sparse_unpack")
 #: Tests of their error: test_triton_attention, test_triton_decode.
 ATTENTION = ("quantized_attention", "kv_cache_attention")
 
@@ -47,7 +57,7 @@ def attention_samples():
 
 
 def samples(op):
-    return (*attention_samples(),) if op == "quantized_attention" else cases.SAMPLES[op]
+    return (*attention_samples(),) if op == "quantized_attention" else cases.gpu_samples(op)
 
 
 def in_storage_layout(op, arguments):
@@ -66,11 +76,11 @@ def in_storage_layout(op, arguments):
     return tuple(arguments)
 
 
-SAMPLES = [(op, i) for op in KERNELS if op not in ATTENTION for i, _ in enumerate(cases.SAMPLES[op])]
+SAMPLES = [(op, i) for op in KERNELS if op not in ATTENTION for i, _ in enumerate(cases.gpu_samples(op))]
 
 
 def sample(op, i):
-    arguments = in_storage_layout(op, cases.SAMPLES[op][i])
+    arguments = in_storage_layout(op, cases.gpu_samples(op)[i])
     reason = KERNELS[op].unsupported(*arguments)
     if reason is not None:
         with pytest.raises(RuntimeError, match=r"got 'triton' \(forced\)"):
@@ -156,6 +166,8 @@ def test_nothing_before_or_after_a_launch_looks_at_data(op, monkeypatch):
     """So that a CUDA graph can hold it: on tensors without data. Launches are left out."""
     launched = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **options: launched.append(self))
+    if op in PLAIN_TORCH:
+        pytest.skip("no kernel; done once, before a layer runs")
     for arguments in samples(op):
         arguments = in_storage_layout(op, arguments)
         if KERNELS[op].unsupported(*arguments) is None:

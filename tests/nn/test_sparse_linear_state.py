@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from sparse_layers import DTYPES, KERNELS, PATTERNS, assert_same_state, pruned, sparse, tokens
+from sparse_layers import DTYPES, KERNELS, PATTERNS, assert_computes, assert_same_state, pruned, sparse, tokens
 from torch import nn
 
-from tcompress import Scheme
+from tcompress import Scheme, tune
 from tcompress.nn import QuantizedLinear, SparseLinear
 from tcompress.packing import SparseWeight
 
@@ -94,6 +94,31 @@ def test_from_the_meta_device_by_loading():
     empty = copy.deepcopy(module).to("meta")
     empty.load_state_dict(state, assign=True)
     assert torch.equal(empty(tokens(3, 70)), module(tokens(3, 70)))
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8"])
+def test_the_layout_of_another_device(monkeypatch, scheme):
+    """Of a GPU's kernels, on the CPU: one of its own is chosen, and the layer keeps its layout for a return."""
+    asked = []
+
+    def choose(weight, kernels, tokens, dtype):
+        asked.append((tokens, dtype))
+        return tune.Choice(kernels[-1], tokens, {kernel.layout: 1e-3 for kernel in kernels}, "measured")
+
+    linear = pruned()
+    state = sparse(linear, scheme).state_dict()
+    monkeypatch.setattr(tune, "choose", choose)
+    module = sparse(linear, scheme, "gpu-16x16")
+    assert asked == [(tune.TOKENS, torch.float32)]
+    assert module.layout == "gpu-16x16"
+    assert module._kernel.layout == "8x4"
+    assert [(c.name, c.chosen) for c in module.explain().candidates if c.chosen] == [("8x4", True)]
+    assert "gpu-16x16" not in str(module.explain())
+    assert_computes(module, linear, tokens(3, 70))
+    meta = copy.deepcopy(module).to("meta")
+    meta.load_state_dict(state, assign=True)  # as a checkpoint is loaded
+    assert meta._kernel.layout == "8x4"
+    assert len(asked) == 2
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------

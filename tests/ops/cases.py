@@ -419,3 +419,13 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     **sparse_cases.SAMPLES,
     **int4_sparse_cases.SAMPLES,
 }
+#: Samples of what the kernels of a GPU take and those of the CPU do not.
+GPU_SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
+    **sparse_cases.GPU_SAMPLES,
+    **int4_sparse_cases.GPU_SAMPLES,
+}
+
+
+def gpu_samples(op: str) -> tuple[tuple[Any, ...], ...]:
+    """All samples of an op that a GPU can be asked for."""
+    return (*SAMPLES[op], *GPU_SAMPLES.get(op, ()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tcompress.ops._registry import OPS
 from tcompress.packing.int4 import pack_int4
 
 #: (n, k): blocks of 8 x 4, words of 256, K off the quad, one output, nothing.
@@ -64,4 +65,38 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int4_sparse_prepack": tuple(_prepack()),
     "int4_sparse_unpack": tuple(_unpack()),
     "int4_sparse_linear": tuple(_linear()),
+}
+
+
+# ---- the same in the layouts of GPUs' kernels, which the CPU's do not take -------------------------------------------
+
+GPU_LAYOUTS = ("gpu-8x4", "gpu-16x16")
+
+
+def _gpu_prepack() -> Iterator[tuple[Any, ...]]:
+    for layout in GPU_LAYOUTS:
+        for w, scale, group_size in list(_prepack())[:8]:  # the larger ones take the interpreter seconds
+            yield w, scale.float() if len(w) % 2 else scale, group_size, layout
+
+
+def _gpu_unpack() -> Iterator[tuple[Any, ...]]:
+    for w, scale, group_size, layout in _gpu_prepack():
+        packed = OPS["int4_sparse_prepack"].reference(w, scale, group_size, layout)
+        yield packed, *w.shape, group_size, scale.dtype, layout
+
+
+def _gpu_linear() -> Iterator[tuple[Any, ...]]:
+    for packed, n, k, group_size, dtype, layout in _gpu_unpack():
+        g = generator((n, k))
+        x, bias = torch.randn(11, k, generator=g), torch.randn(n, generator=g)
+        yield x, packed, n, None, group_size, dtype, 8, True, "none", None, None, layout
+        yield x[:3].bfloat16(), packed, n, bias.half(), group_size, dtype, 7, False, "gelu", torch.float32, None, layout
+        residual = torch.randn(2, n, generator=g).half()
+        yield x.half()[:2], packed, n, bias, group_size, dtype, 4, True, "silu", None, residual, layout
+
+
+GPU_SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "int4_sparse_prepack": tuple(_gpu_prepack()),
+    "int4_sparse_unpack": tuple(_gpu_unpack()),
+    "int4_sparse_linear": tuple(_gpu_linear()),
 }

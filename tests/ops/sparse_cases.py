@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tcompress.ops._registry import OPS
+
 LAYOUTS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: ("unstructured", "8x4"), torch.int8: ("1x4", "8x4")}
 FORMS = tuple((dtype, layout) for dtype, layouts in LAYOUTS.items() for layout in layouts)
 BLOCK_ROWS = {"unstructured": 1, "1x4": 1, "8x4": 8}
@@ -138,4 +140,66 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "sparse_unpack": tuple(_unpack()),
     "sparse_linear": tuple(_linear(torch.float32)),
     "int8_sparse_linear": tuple(_linear(torch.int8)),
+}
+
+
+# ---- the same in the layouts of GPUs' kernels, which the CPU's do not take -------------------------------------------
+
+GPU_PATTERNS = ("2:4", "8x4", "16x16", "32x16")
+SUFFIXES = {torch.int8: "", torch.float32: "", torch.float16: "-float16", torch.bfloat16: "-bfloat16"}
+GPU_FORMS = tuple((dtype, f"gpu-{pattern}{suffix}") for dtype, suffix in SUFFIXES.items() for pattern in GPU_PATTERNS)
+
+
+def gpu_weight(n: int, k: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """[N, K] with what the layout needs: two of four, or a few blocks of 16 x 16, among them a whole row of zeros."""
+    g = generator((n, k, layout))
+    if layout.endswith("2:4") or "2:4-" in layout:
+        keep = (torch.rand(n, -(-k // 4), 4, generator=g).argsort(-1) < 2).flatten(1)[:, :k]
+        keep &= torch.rand(n, k, generator=g) < 0.9
+    else:
+        blocks = torch.rand(-(-n // 16), -(-k // 16), generator=g) < 0.5
+        blocks[1:2] = False
+        keep = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)[:n, :k]
+    dense = weight(n, k, torch.int8, "full") if dtype == torch.int8 else weight(n, k, torch.float32, "full").to(dtype)
+    return dense.masked_fill(~keep, 0)
+
+
+def _gpu_prepack() -> Iterator[tuple[Any, ...]]:
+    for dtype, layout in (*GPU_FORMS, (torch.int8, "mma-2:4")):
+        for n, k in ((17, 70), (1, 1)):
+            yield gpu_weight(n, k, dtype, layout), layout
+    for layout in ("gpu-2:4", "gpu-8x4", "mma-2:4"):
+        for n, k in ((0, 8), (16, 0), (49, 257)):
+            yield gpu_weight(n, k, torch.int8, layout), layout
+    yield gpu_weight(70, 18, torch.float32, "gpu-8x4").t(), "gpu-16x16"
+
+
+def _gpu_unpack() -> Iterator[tuple[Any, ...]]:
+    for w, layout in _gpu_prepack():
+        yield OPS["sparse_prepack"].reference(w, layout), *w.shape, w.dtype, layout
+
+
+def _gpu_linear(integers: bool) -> Iterator[tuple[Any, ...]]:
+    for w, layout in _gpu_prepack():
+        if (w.dtype == torch.int8) != integers or (w.shape == (1, 1) and "16x16" not in layout):
+            continue
+        (n, k), g = w.shape, generator((*w.shape, layout))
+        x, bias = torch.randn(11, k, generator=g), torch.randn(n, generator=g)
+        packed = OPS["sparse_prepack"].reference(w, layout)
+        size: tuple[Any, ...] = (torch.rand(n, generator=g) * 0.02 + 1e-4,) if integers else (n,)
+        w8a8, w8a7, a4 = ((8, True), (7, False), (4, True)) if integers else ((), (), ())
+        yield (x, packed, *size, None, layout, *w8a8, "none", None)
+        yield (x[:3].bfloat16(), packed, *size, bias.half(), layout, *w8a7, "gelu", torch.float32)
+        yield (x.half()[:0], packed, *size, bias, layout, *a4, "silu", None)
+        if integers:
+            yield (x, packed, *size, bias, layout, *w8a7, "relu", torch.int32)
+        strided, residual = x.half().t().contiguous().t()[None], bias.half().expand(1, 11, n)
+        yield (strided, packed, *size, bias, layout, *a4, "gelu_tanh", torch.float16, residual)
+
+
+GPU_SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "sparse_prepack": tuple(_gpu_prepack()),
+    "sparse_unpack": tuple(_gpu_unpack()),
+    "sparse_linear": tuple(_gpu_linear(False)),
+    "int8_sparse_linear": tuple(_gpu_linear(True)),
 }

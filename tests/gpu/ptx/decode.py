@@ -11,6 +11,7 @@ from .operands import guard
 from .program import Immediate, Instruction, Kernel, Modifiers
 from .registry import DECODERS
 from .types import Mask
+from .watch import of_products, watched
 
 
 def _end_of_block(ins: Instruction) -> None:
@@ -49,7 +50,7 @@ def _guarded(execute: Execute, ins: Instruction) -> Execute:
     return conditionally
 
 
-def _decode(ins: Instruction, kernel: Kernel) -> Execute:
+def _decode(ins: Instruction, kernel: Kernel, held: frozenset[int]) -> Execute:
     if ins.opcode in ("bar", "barrier"):
         mods = Modifiers(ins)
         mods.sequence("warp", "sync")
@@ -59,7 +60,7 @@ def _decode(ins: Instruction, kernel: Kernel) -> Execute:
     decoder = DECODERS.get(ins.opcode)
     if decoder is None:
         raise ins.unknown(f"instruction {ins.opcode} is not modelled")
-    return _guarded(decoder(ins, kernel), ins)
+    return _guarded(watched(decoder(ins, kernel), ins, held), ins)
 
 
 def decode(kernel: Kernel) -> Decoded:
@@ -67,6 +68,7 @@ def decode(kernel: Kernel) -> Decoded:
     if not kernel.instructions:
         raise UnknownPtx(f"kernel {kernel.name}: no instructions")
     blocks = basic_blocks(kernel)
+    held = of_products(kernel)
     steps, guards = [], []
     for block in blocks:
         here: list[tuple[Execute, int]] = []
@@ -77,7 +79,7 @@ def decode(kernel: Kernel) -> Decoded:
                 _end_of_block(ins)
                 ending = guard(ins)
             else:
-                here.append((_decode(ins, kernel), i))
+                here.append((_decode(ins, kernel, held), i))
         steps.append(here)
         guards.append(ending)
-    return Decoded(kernel, blocks, steps, guards)
+    return Decoded(kernel, blocks, steps, guards, any(ins.opcode == "wgmma" for ins in kernel.instructions))

@@ -24,7 +24,12 @@ class Uninitialised(PtxError):
 
 
 class AsyncNotWaited(PtxError):
-    """An access to shared memory to which a cp.async is still on its way."""
+    """An access to shared memory to which a cp.async is still on its way, or to what a wgmma that nobody waited for
+    reads or writes: registers, shared memory."""
+
+
+class MissingFence(PtxError):
+    """A wgmma without the fence that orders it behind what its registers or its shared memory were written by."""
 
 
 class Race(PtxError):

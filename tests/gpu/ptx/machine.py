@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from .errors import DivergentBarrier, Endless, PtxError, Uninitialised
 from .flow import BasicBlock, ends_block
-from .memory import GlobalMemory, SharedMemory
+from .memory import GlobalMemory
 from .program import Kernel
+from .shared_memory import SharedMemory
 from .types import Array, Mask
+from .warpgroups import Warpgroups
 
 #: Of registers that a thread has not written, when others have: no number in any float type, no small integer.
 POISON_BITS = 0xFFE7FFE7FFE7FFE7
@@ -30,12 +32,13 @@ Execute = Callable[["Machine", Mask], None]
 @dataclass
 class Decoded:
     """A kernel ready to run. steps: of each basic block, without what ends it; and the number of each instruction.
-    guards: of the branch or exit that ends it."""
+    guards: of the branch or exit that ends it. has_warpgroups: whether it has products of warpgroups."""
 
     kernel: Kernel
     blocks: list[BasicBlock]
     steps: list[list[tuple[Execute, int]]]
     guards: list[Callable[[Machine], NDArray[np.bool_]] | None]
+    has_warpgroups: bool = False
 
 
 @dataclass
@@ -67,7 +70,9 @@ class Machine:
         x, y, z = self.shape
         self.threads = x * y * z
         self.ids = np.arange(self.threads)
-        self.shared = SharedMemory(self.decoded.kernel.dynamic + self.shared_bytes)
+        warps = -(-self.threads // 32) if self.decoded.has_warpgroups else 0
+        self.shared = SharedMemory(self.decoded.kernel.dynamic + self.shared_bytes, warps)
+        self.warpgroups = Warpgroups(self.threads)
         self.registers = [None] * len(self.decoded.kernel.register_types)
         self.copies: list[Copy] = []
         self.group = np.zeros(self.threads, np.int64)

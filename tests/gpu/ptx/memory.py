@@ -1,6 +1,6 @@
-"""Global and shared memory, with everything that can be wrong with an access.
+"""Global memory, with everything that can be wrong with an access.
 
-Both are a row of bytes and arrays of the same length that say what each byte is. An access is `addresses` [n] of `size`
+It is a row of bytes and arrays of the same length that say what each byte is. An access is `addresses` [n] of `size`
 bytes each; only the threads that take part are in it.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import AsyncNotWaited, Misaligned, OutOfBounds, Race, Uninitialised
+from .errors import Misaligned, OutOfBounds, Race, Uninitialised
 
 Bytes = NDArray[np.uint8]
 Addresses = NDArray[np.int64]
@@ -23,8 +23,8 @@ GAP = 512
 #: Contents that nothing wrote: not a number in every float type, and no small integer.
 POISON = 0xFF
 
-UNWRITTEN, WRITTEN, PENDING = 0, 1, 2
-NOBODY, SEVERAL = -1, -2
+UNWRITTEN, WRITTEN = 0, 1
+NOBODY = -1
 
 
 def spread(addresses: Addresses, size: int) -> Addresses:
@@ -32,7 +32,7 @@ def spread(addresses: Addresses, size: int) -> Addresses:
     return addresses[:, None] + np.arange(size)
 
 
-def _first(bad: NDArray[np.bool_], threads: NDArray[np.int64], addresses: Addresses) -> str:
+def first(bad: NDArray[np.bool_], threads: NDArray[np.int64], addresses: Addresses) -> str:
     i = int(np.flatnonzero(bad)[0])
     return f"thread {int(threads[i])}, address {int(addresses[i]):#x}"
 
@@ -40,7 +40,7 @@ def _first(bad: NDArray[np.bool_], threads: NDArray[np.int64], addresses: Addres
 def check_alignment(addresses: Addresses, size: int, threads: NDArray[np.int64], what: str) -> None:
     bad = addresses % size != 0
     if bad.any():
-        raise Misaligned(f"{what} of {size} bytes: {_first(bad, threads, addresses)}")
+        raise Misaligned(f"{what} of {size} bytes: {first(bad, threads, addresses)}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class GlobalMemory:
         self._invalid = np.concatenate([[0], np.cumsum(~self.valid)])
         self._ready = True
 
+    def allow_unwritten(self) -> None:
+        """From now on reads of what nothing wrote are no errors. They give `POISON`."""
+        self.state[self.valid] = WRITTEN
+        self.has_unwritten = False
+
     def new_launch(self) -> None:
         self.writer[:] = NOBODY
         self.published = np.zeros(self.bytes.size, bool)
@@ -136,7 +141,7 @@ class GlobalMemory:
         if not bad.any():
             bad = self._invalid[at + size] != self._invalid[at]
         if bad.any():
-            raise OutOfBounds(f"{what} of {size} bytes: {_first(bad, threads, addresses)}")
+            raise OutOfBounds(f"{what} of {size} bytes: {first(bad, threads, addresses)}")
         check_alignment(addresses, size, threads, what)
         return at
 
@@ -160,7 +165,7 @@ class GlobalMemory:
             if not bad.any():
                 bad = self._invalid[at + n] != self._invalid[at]
             if bad.any():
-                raise OutOfBounds(f"cp.async source of {n} bytes: {_first(bad, threads[some], addresses[some])}")
+                raise OutOfBounds(f"cp.async source of {n} bytes: {first(bad, threads[some], addresses[some])}")
             out[some, : int(n)] = self._read(at, addresses[some], int(n), 1, threads[some], block)
         return out
 
@@ -171,10 +176,10 @@ class GlobalMemory:
             index = spread(at, size)
             bad = (self.state[index] != WRITTEN).any(1)
             if bad.any():
-                raise Uninitialised(f"global load: {_first(bad, threads, addresses)}")
+                raise Uninitialised(f"global load: {first(bad, threads, addresses)}")
             bad = self._of_others(index, block)
             if bad.any():
-                raise Race(f"global load of what another block wrote: {_first(bad, threads, addresses)}")
+                raise Race(f"global load of what another block wrote: {first(bad, threads, addresses)}")
         return self._views[width][at[:, None] // width + np.arange(size // width)]
 
     def store(self, addresses: Addresses, values: NDArray[np.generic], threads: NDArray[np.int64], block: int) -> None:
@@ -185,13 +190,13 @@ class GlobalMemory:
         index = spread(at, size)
         bad = self._of_others(index, block)
         if bad.any():
-            raise Race(f"global store to what another block wrote: {_first(bad, threads, addresses)}")
+            raise Race(f"global store to what another block wrote: {first(bad, threads, addresses)}")
         self.writer[index], self.state[index], self.published[index] = block, WRITTEN, False
         places = at[:, None] // width + np.arange(values.shape[1])
         self._views[width][places] = values
         bad = (self._views[width][places] != values).any(1)
         if bad.any():
-            raise Race(f"two threads store different values at once: {_first(bad, threads, addresses)}")
+            raise Race(f"two threads store different values at once: {first(bad, threads, addresses)}")
 
     def cell(self, address: int, width: int, thread: int) -> tuple[NDArray[np.generic], int]:
         """View and index of one value, for an atomic."""
@@ -200,95 +205,3 @@ class GlobalMemory:
         if (self.state[at[0] : at[0] + width] != WRITTEN).any():
             raise Uninitialised(f"atomic: thread {thread}, address {address:#x}")
         return self._views[width], int(at[0]) // width
-
-
-class SharedMemory:
-    """A block's. Who wrote and who read a byte since the last barrier is kept by warp: the threads of a warp are taken
-    to run in step."""
-
-    def __init__(self, size: int) -> None:
-        padded = -(-size // 16) * 16
-        self.size = size
-        self.bytes = np.full(padded, POISON, np.uint8)
-        self.state = np.zeros(padded, np.uint8)
-        self.writer = np.full(padded, NOBODY, np.int16)
-        self.reader = np.full(padded, NOBODY, np.int16)
-        self._views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
-
-    def barrier(self) -> None:
-        self.writer[:] = NOBODY
-        self.reader[:] = NOBODY
-
-    def check(self, addresses: Addresses, size: int, threads: NDArray[np.int64], what: str) -> None:
-        bad = (addresses < 0) | (addresses > self.size - size)
-        if bad.any():
-            raise OutOfBounds(f"{what} of {size} bytes: {_first(bad, threads, addresses)}")
-        check_alignment(addresses, size, threads, what)
-
-    def load(self, addresses: Addresses, size: int, width: int, threads: NDArray[np.int64]) -> NDArray[np.generic]:
-        """[n, size / width] raw integers of `width` bytes."""
-        self.check(addresses, size, threads, "shared load")
-        index = spread(addresses, size)
-        state = self.state[index]
-        if (state != WRITTEN).any():
-            bad = (state == PENDING).any(1)
-            if bad.any():
-                raise AsyncNotWaited(f"shared load before the copy was waited for: {_first(bad, threads, addresses)}")
-            raise Uninitialised(f"shared load: {_first((state != WRITTEN).any(1), threads, addresses)}")
-        warps = (threads // 32).astype(np.int16)[:, None]
-        writer = self.writer[index]
-        bad = ((writer != NOBODY) & (writer != warps)).any(1)
-        if bad.any():
-            raise Race(f"shared load of what another warp wrote since the barrier: {_first(bad, threads, addresses)}")
-        reader = self.reader[index]
-        self.reader[index] = np.where((reader == NOBODY) | (reader == warps), warps, SEVERAL)
-        # of several warps in this instruction the last one is kept
-        lost = self.reader[index] != warps
-        if lost.any():
-            self.reader[index[lost]] = SEVERAL
-        return self._views[width][addresses[:, None] // width + np.arange(size // width)]
-
-    def _mark_write(self, index: Addresses, addresses: Addresses, threads: NDArray[np.int64], what: str) -> None:
-        warps = (threads // 32).astype(np.int16)[:, None]
-        bad = (self.state[index] == PENDING).any(1)
-        if bad.any():
-            raise AsyncNotWaited(f"{what} to where a copy is on its way: {_first(bad, threads, addresses)}")
-        for kept, verb in ((self.writer, "wrote"), (self.reader, "read")):
-            owner = kept[index]
-            bad = ((owner != NOBODY) & (owner != warps)).any(1)
-            if bad.any():
-                raise Race(f"{what} to what another warp {verb} since the barrier: {_first(bad, threads, addresses)}")
-        self.writer[index] = warps
-        # Triton lets several warps store the same value in one instruction; `store` finds different ones
-        lost = self.writer[index] != warps
-        if lost.any():
-            self.writer[index[lost]] = SEVERAL
-
-    def store(self, addresses: Addresses, values: NDArray[np.generic], threads: NDArray[np.int64]) -> None:
-        """values [n, k]: k neighbours a thread."""
-        width = values.dtype.itemsize
-        size = values.shape[1] * width
-        self.check(addresses, size, threads, "shared store")
-        index = spread(addresses, size)
-        self._mark_write(index, addresses, threads, "shared store")
-        self.state[index] = WRITTEN
-        places = addresses[:, None] // width + np.arange(values.shape[1])
-        self._views[width][places] = values
-        bad = (self._views[width][places] != values).any(1)
-        if bad.any():
-            raise Race(f"two threads store different values at once: {_first(bad, threads, addresses)}")
-
-    def begin_copy(self, addresses: Addresses, size: int, threads: NDArray[np.int64]) -> None:
-        """cp.async: from now on the bytes are neither the old ones nor the new."""
-        self.check(addresses, size, threads, "cp.async destination")
-        index = spread(addresses, size)
-        self._mark_write(index, addresses, threads, "cp.async")
-        self.state[index] = PENDING
-        self.bytes[index] = POISON
-
-    def end_copy(self, addresses: Addresses, values: Bytes, threads: NDArray[np.int64]) -> None:
-        """The bytes [n, size] arrive: for the warp that waited; others need a barrier."""
-        index = spread(addresses, values.shape[1])
-        self.state[index] = WRITTEN
-        self._mark_write(index, addresses, threads, "arrival of cp.async")
-        self.bytes[index] = values

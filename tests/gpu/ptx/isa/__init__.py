@@ -1,6 +1,18 @@
 """The instructions. Importing a module registers its decoders."""
 
-from . import arithmetic, asynchronous, convert, floating, integer, logic, matrix, matrix_access, memory_access, warp
+from . import (
+    arithmetic,
+    asynchronous,
+    convert,
+    floating,
+    integer,
+    logic,
+    matrix,
+    matrix_access,
+    memory_access,
+    warp,
+    warpgroup,
+)
 
 __all__ = [
     "arithmetic",
@@ -13,4 +25,5 @@ __all__ = [
     "matrix_access",
     "memory_access",
     "warp",
+    "warpgroup",
 ]

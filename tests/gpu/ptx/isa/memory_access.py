@@ -216,6 +216,8 @@ def _fence(ins: Instruction, kernel: Kernel) -> Execute:
     if ins.opcode == "membar":
         scope = mods.one_of("cta", "gl", "sys")
     else:
+        if mods.flag("proxy"):
+            return _proxy_fence(ins, mods, kernel)
         mods.any_of("sc", "acq_rel")
         scope = mods.one_of(*_SCOPES)
     mods.end()
@@ -225,6 +227,22 @@ def _fence(ins: Instruction, kernel: Kernel) -> Execute:
     def execute(m: Machine, mask: Mask) -> None:
         m.memory.release(m.block_number)
         m.memory.acquire()
+
+    return execute
+
+
+def _proxy_fence(ins: Instruction, mods: Modifiers, kernel: Kernel) -> Execute:
+    """Between plain accesses to shared memory and those of wgmma. By a part of a warp it orders nothing here."""
+    if int("".join(c for c in kernel.target if c.isdigit())) < 90:
+        raise ins.unknown(f"target {kernel.target}: the asynchronous proxy is of 9.0 and later")
+    mods.sequence("async")
+    mods.any_of("shared::cta")
+    mods.end()
+
+    def execute(m: Machine, mask: Mask) -> None:
+        there = np.ones(m.threads, bool) if mask is None else mask
+        if m.threads % 32 == 0:
+            m.shared.proxy_fence(np.flatnonzero(there.reshape(-1, 32).all(1)))
 
     return execute
 

@@ -1,0 +1,83 @@
+"""Runs the step that scales weights by the size of their inputs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from rich.progress import track
+
+from tcompress.blocks import BlockRunner, find_chains
+from tcompress.calibrate import evaluating
+from tcompress.pair_inputs import ReaderInputs, Target, report, targets_of
+from tcompress.pairs import fold
+from tcompress.pairs.fold import reader_scales, source_values
+from tcompress.quantize.awq import RATIOS, awq_scales, weight_error
+from tcompress.recipe import AWQ
+from tcompress.transform import Work, transforms
+from tcompress.weights import linear_weight
+
+
+@transforms(AWQ)
+def awq(work: Work, step: AWQ) -> None:
+    """Finds the pairs, goes through the model block by block, and folds each pair's best scales.
+
+    One block's Hessians are in memory at a time. All errors are measured on the weights as they were.
+    """
+    samples = work.data(step, "scales are decided by the inputs of layers")
+    targets = targets_of(work, step, samples[0], scheme_needed=True)
+    model, found = work.model, []
+    with evaluating(model):
+        chains = find_chains(model, samples[0])
+        owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
+        runner = BlockRunner(model, chains, samples)
+        stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
+        places = {t: {owner.get(m) for m in t.schemes} for t in targets}
+        rest = [t for t in targets if len(places[t]) > 1 or None in places[t]]
+        for stage in track(stages, "scaling", disable=not work.progress, transient=True):
+            own = [t for t in targets if places[t] == {stage}]
+            inputs = ReaderInputs(hessian=True)
+            inputs.collect(own, partial(runner.run, *stage, True))
+            found += [(target, *_scales(target, inputs)) for target in own]
+        if rest:
+            inputs = ReaderInputs(hessian=True)
+            inputs.collect(rest, runner.run_rest)
+            found += [(target, *_scales(target, inputs)) for target in rest]
+    for target, scales, what in found:
+        if scales is not None:
+            fold(target.pair, scales)
+            work.layers.append(report(target, "awq", what))
+    kept = sum(scales is None for _, scales, _ in found)
+    if kept:
+        work.notes.append(f"awq: no scales reduce the error of {kept} of {len(found)} pairs, which stay as they are")
+
+
+@torch.no_grad()
+def _scales(target: Target, inputs: ReaderInputs) -> tuple[torch.Tensor | None, str]:
+    """The scales [N] by which a pair's source is divided, or None, and what to say of them."""
+    pair = target.pair
+    consumers = [c for c in pair.consumers if c.module in target.schemes]
+    means, layers = [], []
+    for c in consumers:
+        statistics, scheme = inputs.statistics(c.module), target.schemes[c.module]
+        if statistics is None or statistics.count == 0:
+            return None, ""
+        assert statistics.hessian is not None
+        assert scheme is not None
+        means.append(source_values(statistics.mean_abs, c, pair.size))
+        layers.append((c, linear_weight(c.module), statistics.hessian, scheme.weights))
+    mean = torch.stack(means).amax(0)
+    errors = []
+    for i in range(RATIOS):
+        scales = awq_scales(mean, i / RATIOS) if i else None
+        errors.append(
+            sum(
+                weight_error(weight, hessian, None if scales is None else reader_scales(scales, c), args)
+                for c, weight, hessian, args in layers
+            )
+        )
+    best = min(range(RATIOS), key=errors.__getitem__)
+    if best == 0:
+        return None, ""
+    change = errors[best] / errors[0] - 1
+    return awq_scales(mean, best / RATIOS), f"ratio {best / RATIOS:g}, squared output error {change:+.0%}"
