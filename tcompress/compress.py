@@ -50,7 +50,7 @@ def compress(
         recipe: a preset's name ("int8"), a `Recipe`, a dict, or the path of a YAML file.
         data: samples, on which each layer's output is compared with its replacement's for the report, and by which
             attention that would lose too much (`Quantize.min_cosine`) stays in floating point. Optional, unless an
-            algorithm of the recipe decides by them (gptq, wanda, sparsegpt; `solve` says how). A tensor, a mapping
+            algorithm of the recipe decides by them (gptq, autoround, wanda, … ; `solve` says how). A tensor, a mapping
             (keywords) or a tuple (arguments) is one batch; a DataLoader or list yields several; text needs `tokenizer`.
             Samples that are empty or hold NaN or infinity are left out, with a warning (`Samples`).
         tokenizer: of text in the data, called as those of `transformers` are.

@@ -111,7 +111,8 @@ def mixed_precision(
         raise ValueError(message("mixed_precision", "budget", sorted(given) or "none", f"one of {sorted(budgets)}"))
     ((kind, budget),) = given.items()
     named = {name: None if name == FLOAT else Scheme.named(name) for name in schemes}
-    step = Quantize(scheme=next(s for s in [*named.values(), SCHEMES["W8A8"]] if s), targets=targets, ignore=ignore)
+    any_scheme = next(s for s in [*named.values(), SCHEMES["W8A8"]] if s)
+    step = _step(any_scheme, targets=tuple(targets), ignore=tuple(ignore))
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]
     samples = list(Samples(data, model, tokenizer))
     table: list[dict[str, Candidate]] = []
@@ -142,18 +143,22 @@ def _recipe(choices: Sequence[LayerChoice], named: Mapping[str, Scheme | None], 
     for name, scheme in named.items():
         own = tuple(f"re:{re.escape(choice.name)}$" for choice in choices if choice.chosen == name)
         if scheme is not None and own:
-            steps.append(Quantize(scheme=scheme, algorithm=algorithm, targets=own))  # type: ignore[arg-type]
+            steps.append(_step(scheme, algorithm=algorithm, targets=own))
     if not steps:
         hint = "a larger budget than the floats need; use schemes without 'float'"
         raise ValueError(message("mixed_precision", "budget", "one in which no layer is quantized", "less", hint))
     return Recipe(steps=tuple(steps))
 
 
+def _step(scheme: Scheme, **fields: Any) -> Quantize:
+    return Quantize.model_validate({"scheme": scheme, **fields})
+
+
 def _quantized(m: Match, scheme: Scheme | None) -> nn.Module:
     """The layer under a scheme, rounded to nearest."""
     if scheme is None:
         return m.module
-    packed = integers(linear_weight(m.module).detach(), Quantize(scheme=scheme))
+    packed = integers(linear_weight(m.module).detach(), _step(scheme))
     return QuantizedLinear.from_packed(packed, linear_bias(m.module), scheme).eval()
 
 
@@ -200,7 +205,8 @@ def _losses(
 def _distance(output: Any, got: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     if got is None or expected is None:
         raise ValueError(message("mixed_precision", "model", "no float tensor returned", "one", 'measure="layer"'))
-    if getattr(output, "logits", None) is got:
+    is_distribution = getattr(output, "logits", None) is got
+    if is_distribution:
         p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
         return float(F.kl_div(q, p, log_target=True, reduction="sum")) / max(p[..., 0].numel(), 1)
     return float((got.double() - expected.double()).square().sum() / expected.double().square().sum())

@@ -140,7 +140,7 @@ def autoround(
             values = [w.quantized().requires_grad_() for w in weights]
         with torch.enable_grad():
             for i in torch.randint(calls, (min(_BATCH, calls),), generator=generator).tolist():
-                loss(values, i).backward()  # type: ignore[no-untyped-call]
+                loss(values, i).backward()
         for weight, value in zip(weights, values, strict=True):
             if value.grad is not None:  # a layer that the block does not call
                 weight.move(value.grad, (1 - t / iterations) / iterations)
