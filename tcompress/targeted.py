@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tcompress.distances import sqnr_db, squared_errors
+from tcompress.fast_path import disable_torch_fast_path
 from tcompress.match import (
     Skip,
     any_matches,
@@ -19,7 +20,6 @@ from tcompress.match import (
     why_not,
 )
 from tcompress.recipe import Step
-from tcompress.replace import disable_torch_fast_path
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
 from tcompress.weights import linear_weight
