@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch's exact version, because an open range may take another build than the one that is wanted.
 TORCH ?= torch==2.13.0
+# Processes of pytest where it runs in several; each takes about a gigabyte.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
@@ -49,10 +51,9 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -m "slow or not slow"
 
-# The emulators, interpreters and compilers of GPU code: what can be shown without a GPU. A process for each core, each
-# with one thread.
+# The emulators, interpreters and compilers of GPU code: what can be shown without a GPU.
 test-gpu-emulated: $(VENV)/.gpu
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/gpu -m "slow or not slow" -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/gpu -m "slow or not slow" -n $(JOBS) --dist worksteal
 
 test-gpu: $(VENV)/.gpu
 	$(BIN)/pytest tests/gpu/test_on_gpu.py

@@ -87,7 +87,7 @@ def extension(nvcc: str, compile_flags: list[str]) -> Extension:
 
     made: Extension = CppExtension(
         "tcompress._C_cuda",
-        ["csrc/cuda/bindings_cuda.cpp"],
+        [str(path.relative_to(ROOT)) for path in sorted(CUDA.glob("bindings_*.cpp"))],
         extra_compile_args={"cxx": compile_flags},
         library_dirs=[str(cuda_library_folder(nvcc))],
         libraries=["cudart_static", "rt", "dl", "pthread"],

@@ -13,35 +13,39 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gpu_launches
 import torch
 import triton
-from tcompress.kernels.triton import attention, attention_tiles, linear, linear_tiles
+from gpu_launches import BF16, empty
+from tcompress.kernels.triton import autotune, linear
+from tcompress.kernels.triton.tiles import TileConfig
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 89, 90)
-HALF, INT8, FLOAT = torch.float16, torch.int8, torch.float32
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel of a launch: its name, machine code, and what the launch asks for. blocks: its BLOCK_… constants."""
+    """One kernel of a launch: its name, machine code, and what the launch asks for. blocks: its BLOCK_… constants.
+    tile: the name of the `TileConfig` that the launch function chose, or empty."""
 
     kernel: str
     cubin: bytes
     warps: int
     shared: int
     blocks: dict[str, int]
+    tile: str
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch with certain arguments. `launch` is called with an architecture, 80, 89 or 90. `kernel`: the one that
-    the variant is there for; the others of the launch are compiled too."""
+    """A launch with certain arguments. `kernel`: the one that the variant is there for; the others of the launch are
+    compiled too."""
 
     name: str
     kernel: str
-    launch: Callable[[int], object]
+    launch: Callable[[], object]
 
 
 class _AbsentGPU:
@@ -64,21 +68,27 @@ class _AbsentGPU:
 def _compile_launches(architecture: int) -> Iterator[list[Compiled]]:
     """In the `with` block launches are compiled, into the list that this yields."""
     compiled: list[Compiled] = []
-    run = JITFunction.run
+    chosen: list[TileConfig] = []
+    run, choose = JITFunction.run, autotune.choose
+
+    def named(*args: Any, **options: Any) -> Any:
+        chosen.append(choose(*args, **options))
+        return chosen[-1]
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
         blocks = {name: value for name, value in options.items() if name.startswith("BLOCK_")}
-        compiled.append(Compiled(self.__name__, kernel.asm["cubin"], warps, shared, blocks))
+        tile = chosen[-1].name if chosen and blocks.get("BLOCK_M") == chosen[-1].block_m else ""
+        compiled.append(Compiled(self.__name__, kernel.asm["cubin"], warps, shared, blocks, tile))
         return kernel
 
-    JITFunction.run = compile_only
+    JITFunction.run, autotune.choose = compile_only, named
     triton.runtime.driver.set_active(_AbsentGPU(architecture))  # it stays: what was before may be none
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, autotune.choose = run, choose
 
 
 def compile_variant(variant: Variant, architecture: int) -> list[Compiled]:
@@ -89,55 +99,60 @@ def compile_variant(variant: Variant, architecture: int) -> list[Compiled]:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("compile_variant: TRITON_INTERPRET: got 1, expected a process without it")
-    with _compile_launches(architecture) as compiled:
-        variant.launch(architecture)
+    with _compile_launches(architecture) as compiled, gpu_launches.on_architecture(architecture):
+        variant.launch()
     return compiled
 
 
-def _empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _attend(
-    architecture: int, d: int, s: int = 4096, causal: bool = False, mask: torch.dtype | None = None, lse: bool = False
-) -> object:
-    q = _empty(1, 2, s, d)
-    masks = None if mask is None else _empty(1, 2, s, s, dtype=mask)
-    tile = attention_tiles.tiles(architecture, attention.attention_prepare.padded_head(d), s, mask is not None)
-    return attention.attention(q, q, q, masks, causal=causal, return_lse=lse, tile=tile)
-
-
-def _linear(
-    architecture: int, m: int, n: int = 4096, k: int = 4096, bias: bool = True, activation: str = "none"
-) -> object:
-    choose = linear_tiles.narrow_tiles if m <= linear_tiles.NARROW_TOKENS else linear_tiles.wide_tiles
-    x, weight = _empty(m, k, dtype=torch.bfloat16), _empty(n, k, dtype=INT8)
-    biases = _empty(n, dtype=torch.bfloat16) if bias else None
-    tile = choose(architecture, m, n, k)
-    return linear.linear(x, weight, _empty(n, dtype=FLOAT), biases, activation=activation, tile=tile)
+def _linear(m: int, n: int = 4096, k: int = 4096, activation: str = "none") -> object:
+    """With a bias of 16 bits and no residual."""
+    x, weight = empty(m, k, dtype=BF16), empty(n, k, dtype=torch.int8)
+    return linear.linear(x, weight, empty(n, dtype=torch.float32), empty(n, dtype=BF16), activation=activation)
 
 
 def _variants() -> Iterator[Variant]:
+    attend = partial(gpu_launches.attend, heads=2)
     for d in (64, 128, 256):
         for causal in (False, True):
             name = f"attention d{d}" + (" causal" if causal else "")
-            yield Variant(name, "attend", partial(_attend, d=d, causal=causal))
-    yield Variant("attention d64 short", "attend", partial(_attend, d=64, s=1024))
-    yield Variant("attention d128 causal lse", "attend", partial(_attend, d=128, causal=True, lse=True))
+            yield Variant(name, "attend", partial(attend, d, 4096, causal=causal))
+    yield Variant("attention d64 short", "attend", partial(attend, 64, 1024))
+    yield Variant("attention d128 causal lse", "attend", partial(attend, 128, 4096, causal=True, return_lse=True))
     for d in (64, 128):
-        for kind, mask in (("bool", torch.bool), ("float", HALF)):
-            yield Variant(f"attention d{d} {kind} mask", "attend", partial(_attend, d=d, mask=mask))
-    yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(_attend, d=128, lse=True))
-    yield Variant("attention d128 means", "key_sums", partial(_attend, d=128))
-    yield Variant("linear m8192", "linear_wide", partial(_linear, m=8192))
-    yield Variant("linear m8192 gelu", "linear_wide", partial(_linear, m=8192, activation="gelu"))
-    yield Variant("linear m128", "linear_wide", partial(_linear, m=128))
-    yield Variant("linear m128 n11008", "linear_wide", partial(_linear, m=128, n=11008))
-    yield Variant("linear m16", "linear_narrow", partial(_linear, m=16))
-    yield Variant("linear m1", "linear_narrow", partial(_linear, m=1))
-    yield Variant("linear m1 n1024", "linear_narrow", partial(_linear, m=1, n=1024))
-    yield Variant("quantizer k4096", "quantize_rows", partial(_linear, m=8192, k=4096))
-    yield Variant("quantizer k16384", "quantize_rows", partial(_linear, m=8192, k=16384))
+        for kind, mask in (("bool", torch.bool), ("float", torch.float16)):
+            yield Variant(f"attention d{d} {kind} mask", "attend", partial(attend, d, 4096, mask=mask))
+    yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(attend, 128, 4096, return_lse=True))
+    yield Variant("attention d128 means", "key_sums", partial(attend, 128, 4096))
+    yield Variant("decode d128", "decode_split", gpu_launches.decode)
+    yield Variant("decode d128 batch 16", "decode_split", partial(gpu_launches.decode, batch=16))
+    yield Variant("decode d128 reduce", "decode_reduce", gpu_launches.decode)
+    yield Variant("linear m8192", "linear_wide", partial(_linear, 8192))
+    yield Variant("linear m8192 gelu", "linear_wide", partial(_linear, 8192, activation="gelu"))
+    all_of_it = partial(gpu_launches.int8, 8192, dtype=BF16, activation="gelu", symmetric=False)
+    yield Variant("linear m8192 gelu, float32 bias, residual, zero points", "linear_wide", all_of_it)
+    yield Variant("linear m128", "linear_wide", partial(_linear, 128))
+    yield Variant("linear m128 n11008", "linear_wide", partial(_linear, 128, 11008))
+    yield Variant("linear m16", "linear_narrow", partial(_linear, 16))
+    yield Variant("linear m1", "linear_narrow", partial(_linear, 1))
+    yield Variant("linear m1 n1024", "linear_narrow", partial(_linear, 1, 1024))
+    yield Variant("quantizer k4096", "quantize_rows", partial(_linear, 8192))
+    yield Variant("quantizer k16384", "quantize_rows", partial(_linear, 8192, k=16384))
+    yield Variant("quantizer and norm k4096", "normalize_and_quantize", partial(gpu_launches.norm, 4096))
+    yield Variant("quantizer and rotary d128", "rotate_and_quantize", gpu_launches.rotary)
+    for scheme, bits in (("W4A16", None), ("W4A8", 8)):
+        yield Variant(f"{scheme} m1", "int4_narrow", partial(gpu_launches.int4, 1, bits))
+        yield Variant(f"{scheme} m64", "int4_wide", partial(gpu_launches.int4, 64, bits))
+    yield Variant("W4A8 m8192", "int4_wide", partial(gpu_launches.int4, 8192, 8))
+    yield Variant("W4A16 m8192, weight", "int4_dequantize", partial(gpu_launches.int4, 8192, None))
+    silu = partial(gpu_launches.int4, 8192, None, activation="silu")
+    yield Variant("W4A16 m8192, epilogue", "finish_tiles", silu)
+    for name, values in (("int8", torch.int8), ("bf16", BF16)):
+        for m in (16, 8192):
+            yield Variant(f"2:4 {name} m{m}", "two_four", partial(gpu_launches.two_four, m, values))
+        yield Variant(f"16x16 {name} m512", "block_sparse", partial(gpu_launches.block_sparse, 512, (16, 16), values))
+    floats = partial(gpu_launches.block_sparse, 512, (16, 16), BF16)
+    yield Variant("16x16 bf16 m512 panels", "float_panels", floats)
+    yield Variant("8x4 int4 m16", "int4_block_sparse", partial(gpu_launches.int4_sparse, 16))
 
 
 VARIANTS = {v.name: v for v in _variants()}

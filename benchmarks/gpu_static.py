@@ -27,13 +27,16 @@ BASELINE = Path(__file__).with_suffix(".json")
 MORE_REGISTERS, LESS_SHARE = 8, 3.0
 
 
-def described(machine: Machine, architecture: int, warps: int, shared: int, blocks: dict[str, int]) -> dict[str, Any]:
-    """A kernel as the file has it; shared: dynamic bytes."""
+def described(
+    machine: Machine, architecture: int, warps: int, shared: int, blocks: dict[str, int], tile: str = ""
+) -> dict[str, Any]:
+    """A kernel as the file has it; shared: dynamic bytes. tile: its name, which it has where it is from a table."""
     # from 9.0 on the code itself names the 1 KiB of the system, which `occupancy` knows of
     reserved = SHARED_RESERVED if architecture >= 90 else 0
     total = shared + max(machine.static_shared - reserved, 0)
     fits = occupancy(architecture, warps, machine.registers, total)
     entry: dict[str, Any] = {
+        **({"tile": tile} if tile else {}),
         "blocks": blocks,
         "warps": warps,
         "registers": machine.registers,
@@ -65,7 +68,7 @@ def kernels_of_triton(names: Iterable[str], architectures: Iterable[int]) -> dic
             variant = VARIANTS[name]
             kernel = next(k for k in compile_variant(variant, architecture) if k.kernel == variant.kernel)
             (machine,) = inspect(kernel.cubin).values()
-            of_this[name] = described(machine, architecture, kernel.warps, kernel.shared, kernel.blocks)
+            of_this[name] = described(machine, architecture, kernel.warps, kernel.shared, kernel.blocks, kernel.tile)
     return found
 
 

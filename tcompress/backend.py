@@ -68,24 +68,28 @@ class Explanation:
 
 
 _kernels: dict[str, dict[str, Unsupported]] = {}
+_paths: dict[tuple[str, str], Unsupported] = {}
 _references: dict[str, Callable[..., Any]] = {}
 _resolvers: dict[str, Callable[..., Resolved]] = {}
 _forced: str | None = None
 _warned = False
 
 
-def register_kernel(op: str, backend: str, *, unsupported: Unsupported) -> None:
+def register_kernel(op: str, backend: str, *, unsupported: Unsupported, path: Unsupported | None = None) -> None:
     """Declares that `backend` has a kernel for `op`, registered with torch's dispatcher under `tcompress::op`.
 
     Args:
         op: name of the op, without the namespace.
         backend: one of `BACKENDS`, except `reference`.
         unsupported: called with the op's arguments; returns the reason why the kernel cannot take them, or None.
+        path: likewise; returns by which way the backend runs them, where that is for `explain` to say.
     """
     if backend not in BACKENDS or backend == "reference":
         raise ValueError(message("register_kernel", "backend", repr(backend), f"one of {BACKENDS[:-1]}"))
     known = _kernels.get(op, {}) | {backend: unsupported}
     _kernels[op] = {b: known[b] for b in BACKENDS if b in known}
+    if path is not None:
+        _paths[op, backend] = path
 
 
 def register_reference(op: str, reference: Callable[..., Any]) -> None:
@@ -299,7 +303,9 @@ def explain(op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs
         candidates.append(Candidate(backend, backend == chosen, reason))
         if backend == "cpu" and _extension.C is not None and chosen == "cpu":
             candidates += _explain_paths(_extension.C)
-    path = cpu_path() if chosen == "cpu" else None
+    path = cpu_path()
+    if chosen != "cpu":
+        path = _paths[name, chosen](*args, **kwargs) if (name, chosen) in _paths else None
     return Explanation(name, chosen, path, tuple(candidates))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tcompress.attention_error import AttentionError
+from tcompress.distances import PIECE, cosine, finite, sqnr_db
 from tcompress.errors import message
 from tcompress.integrations.attention_modules import attached
 from tcompress.match_attention import AttentionMatch
@@ -61,15 +62,6 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return None
 
 
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio in decibels, from two sums of squares."""
-    if not math.isfinite(noise) or not math.isfinite(signal):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-
-
 class OutputError:
     """Sums the squares of a layer's output and of the replacement's deviation from it."""
 
@@ -90,8 +82,6 @@ class OutputError:
         return sqnr_db(self.signal, self.noise) if self.calls else None
 
 
-#: Elements that are converted to float64 at a time.
-PIECE = 2**20
 #: Cosine of a model's output in floating point under our attention function to that under its own.
 _SAME_FUNCTION = 0.9999
 
@@ -128,11 +118,6 @@ def _spaced(output: torch.Tensor) -> torch.Tensor:
     if output.numel() <= PIECE or output.dim() < 2:
         return output
     return output.reshape(-1, output.shape[-1])[:: math.ceil(output.numel() / PIECE)]
-
-
-def finite(output: torch.Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity."""
-    return all(bool(torch.isfinite(part).all()) for part in output.flatten().split(PIECE))
 
 
 @dataclass
@@ -192,30 +177,6 @@ def reference(model: nn.Module, batch: Any) -> Reference | None:
     """Runs a model, in evaluation mode, on a batch; None if it returns no float tensor."""
     output = first_tensor(run(model, batch))
     return None if output is None else Reference.of(batch, output)
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of two tensors taken as vectors, in float64 piece by piece: the logits of a sample can be as large as the
-    model."""
-    sums = [0.0, 0.0, 0.0]
-    for x, y in zip(a.detach().flatten().split(PIECE), b.detach().flatten().split(PIECE), strict=True):
-        x, y = x.double(), y.double()
-        for n, value in enumerate((x @ y, x @ x, y @ y)):
-            sums[n] += float(value)
-    dot, one, other = sums
-    # As torch.nn.functional.cosine_similarity: each norm is at least 1e-8.
-    return dot / (max(math.sqrt(one), 1e-8) * max(math.sqrt(other), 1e-8)) if dot == dot else math.nan
-
-
-def squared_errors(weight: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
-    """ΣW² and Σ(Ŵ - W)² in float64, piece by piece."""
-    signal = noise = 0.0
-    rows = max(PIECE // max(weight.shape[1:].numel(), 1), 1)
-    for w, s in zip(weight.detach().split(rows), stored.detach().split(rows), strict=True):
-        w, s = w.double(), s.double()
-        signal += float(w.square().sum())
-        noise += float((s - w).square().sum())
-    return signal, noise
 
 
 def _also(other: nn.Module) -> Callable[..., None]:

@@ -109,7 +109,8 @@ class Probe:
             changes: bool [N] by layer: to these outputs noise is added.
             frozen: a layer that gives what it gave at first.
         """
-        self.order, seen = [], {}
+        self.order = []
+        seen: dict[nn.Module | None, torch.Tensor] = {}
         output: list[torch.Tensor] = []
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -135,7 +136,8 @@ class Probe:
                 stack.callback(layer.register_forward_hook(after).remove)
             stack.callback(self.part.register_forward_hook(end).remove)
             self.run()
-        return {**seen, None: torch.cat([t.flatten() for t in output]) if output else torch.zeros(0)}
+        seen[None] = torch.cat([t.flatten() for t in output]) if output else torch.zeros(0)
+        return seen
 
     def changed(self, got: Mapping[nn.Module | None, torch.Tensor]) -> list[nn.Module | None]:
         """What got something else than at first, in the order of the calls; the output last."""
@@ -161,8 +163,7 @@ def find_groups(part: nn.Module, run: Callable[[], Any]) -> Found:
         every = torch.ones(linear_weight(layer).shape[0], dtype=torch.bool)
         later = [m for m in probe.changed(probe({layer: every})) if m is None or probe.once.index(m) > i]
         if not later or later[0] is None:
-            found.reasons[layer] = "no linear layer reads what it gives"
-            continue
+            continue  # the last one, whose outputs are those of the part
         consumer = later[0]
         past = probe.changed(probe({layer: every}, frozen=consumer))
         if any(m is not consumer for m in past):
@@ -182,6 +183,26 @@ def find_groups(part: nn.Module, run: Callable[[], Any]) -> Found:
         inputs = contiguous_units(linear_weight(consumer).shape[1], count)
         found.groups.append(Group(consumer, inputs, tuple(members), count, within, numbers))
     return found
+
+
+def moved(found: Found, part: nn.Module, to: nn.Module) -> Found:
+    """What was found in one part of a model, of another with the same modules by name."""
+    if part is to:
+        return found
+    names, there = {m: name for name, m in part.named_modules()}, dict(to.named_modules())
+    other = {m: there[name] for m, name in names.items()}
+    groups = [
+        Group(
+            other[g.consumer],
+            g.inputs,
+            tuple(Producer(other[p.layer], p.units) for p in g.producers),
+            g.count,
+            other[g.within],
+            tuple((other[m], name) for m, name in g.numbers),
+        )
+        for g in found.groups
+    ]
+    return Found(groups, {other[m]: reason for m, reason in found.reasons.items()})
 
 
 def _units(

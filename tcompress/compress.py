@@ -12,6 +12,7 @@ from rich import get_console
 from torch import nn
 
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
+from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Recipe
@@ -56,7 +57,9 @@ def compress(
         max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
         resume: a folder, made if it is missing, that keeps what was found block by block. The same call with the same
             folder after a crash goes on after the last block that was finished, with the result that it would have had.
-        inplace: change `model` itself. Otherwise `model` stays as it is, and what is not compressed is copied.
+        inplace: change `model` itself, layer by layer where algorithms with data prune it: there is then no second
+            copy of it, and a run that fails may leave it pruned in part. Otherwise `model` stays as it is, and what is
+            not compressed is copied.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -125,7 +128,7 @@ def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[st
     if not before.finite:
         notes.append("the model's output is not finite on the data, before compression already")
         return None
-    if not calibrate.finite(after):
+    if not finite(after):
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
     return before.cosine_to(after)

@@ -7,14 +7,15 @@ They ran on a GPU only where docs/gpu.md says so.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from tcompress import backend
-from tcompress.kernels.triton.bindings import IN_CPU_LAYOUT, MAX_HEAD
+from tcompress.kernels.triton.reasons import IN_CPU_LAYOUT, MAX_HEAD
+from tcompress.ops import int4_cuda_layout
 from tcompress.ops.sparse_mma import MMA_TWO_FOUR
 
 LOWEST_CAPABILITY = (8, 0)
@@ -112,6 +113,48 @@ def _sparse_unpack(kernel_weight: torch.Tensor, n: int, k: int, dtype: torch.dty
     return _layout(layout)
 
 
+def _int4_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    kernel_weight: torch.Tensor | None = None,
+    group_size: int = 128,
+    act_bits: int | None = 8,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    if act_bits is not None:
+        return f"act_bits={act_bits}: the CUDA kernel leaves activations in floats (W4A16)"
+    if x.dtype == torch.float32:
+        return "x of float32: the CUDA kernel multiplies 16-bit floats"
+    return _not_for_cuda(weight, kernel_weight)
+
+
+def _int4_multi_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | None] = (),
+    weight_scales: Sequence[torch.Tensor] = (),
+    zero_points: Sequence[torch.Tensor | None] = (),
+    biases: Sequence[torch.Tensor | None] = (),
+    kernel_weights: Sequence[torch.Tensor | None] = (),
+    group_size: int = 128,
+    act_bits: int | None = 8,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    of_any = _int4_linear(x, weights[0], act_bits=act_bits, kernel_weight=kernel_weights[0])
+    reasons = [of_any, *map(_not_for_cuda, weights, kernel_weights)]
+    return next((reason for reason in reasons if reason), None)
+
+
+def _not_for_cuda(weight: torch.Tensor | None, kernel_weight: torch.Tensor | None) -> str | None:
+    """Why the CUDA kernel can read neither."""
+    in_layout = kernel_weight is not None and kernel_weight.dtype == int4_cuda_layout.DTYPE
+    return IN_CPU_LAYOUT if weight is None and not in_layout else None
+
+
 def _with_shared_reasons(unsupported: Callable[..., str | None]) -> Callable[..., str | None]:
     def checked(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
         return why_not_here(x) or unsupported(x, *args, **kwargs)
@@ -129,6 +172,9 @@ UNSUPPORTED: dict[str, Callable[..., str | None]] = {
     # packed by the reference, which the dispatcher takes where C++ has registered nothing
     "sparse_prepack": lambda weight, layout: _layout(layout),
     "sparse_unpack": _sparse_unpack,
+    "int4_prepack": lambda weight, *args, **kwargs: None,
+    "int4_linear": _int4_linear,
+    "int4_multi_linear": _int4_multi_linear,
 }
 for _op, _unsupported in UNSUPPORTED.items():
     backend.register_kernel(_op, "cuda", unsupported=_with_shared_reasons(_unsupported))

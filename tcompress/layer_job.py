@@ -13,10 +13,24 @@ from tcompress.packing import PackedWeight
 from tcompress.prune_step import Pruned
 from tcompress.quantize import QuantArgs
 from tcompress.recipe import Quantize, Sparse
-from tcompress.weights import is_conv1d
+from tcompress.weights import is_conv1d, is_masked_by_torch
 
 #: Layers with one weight have the same.
 Key = tuple[int, bool]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a layer whose new weight took the place of the old one at once.
+
+    Attributes:
+        weight_sqnr_db: of the weight.
+        output_sqnr_db: of what the weight contributes to the layer's output, on the inputs that the layer is given in
+            the model under way, by their Hessian: 10·log10(tr(W H Wᵀ) / tr((Ŵ-W) H (Ŵ-W)ᵀ)); None without one.
+    """
+
+    weight_sqnr_db: float
+    output_sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Solution:
         packed: the integers, or None where the weight stays in floating point.
         bias: [N], a corrected one, or None where it stays.
         outliers: int64 [C], the inputs whose weights stay in floating point (they are zero in `packed`), or None.
+        written: set where the layer holds the weight already, and nothing of it stands here.
     """
 
     weight: torch.Tensor
@@ -36,6 +51,7 @@ class Solution:
     packed: PackedWeight | None
     bias: torch.Tensor | None = None
     outliers: torch.Tensor | None = None
+    written: Written | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,11 @@ class Job:
     def by_block(self) -> bool:
         """Whether all such layers of a block are solved together, by the block's output."""
         return self.algorithm == "autoround"
+
+    @property
+    def only_prunes(self) -> bool:
+        """Whether its weight stays what it is, a float tensor of its own, with zeros."""
+        return self.pruned is not None and self.step is None and not is_masked_by_torch(self.module)
 
     @property
     def key(self) -> Key:

@@ -77,7 +77,7 @@ def match(
     converted: Mapping[nn.Module, nn.Module] | None = None,
     required: bool = True,
     other_skips: Sequence[Skip] = (),
-    masks: Mapping[nn.Module, torch.Tensor] | None = None,
+    masks: Mapping[nn.Module, torch.Tensor | float] | None = None,
 ) -> tuple[list[Match], list[Skip]]:
     """Finds the linear layers and embeddings that the recipe's steps replace, in the order of the model.
 
@@ -85,7 +85,7 @@ def match(
         converted: modules of which others will take the place (`match_attention`); what counts is what these hold.
         required: raise if there is none.
         other_skips: what the error names where there is nothing of its own to name.
-        masks: what pruning steps keep.
+        masks: what pruning steps keep, or which part of a weight they will set to zero, where that waits for data.
 
     Raises:
         ValueError: a pattern is not a regular expression, nothing is left to replace, or the model is compressed.
@@ -107,9 +107,10 @@ def match(
                 continue
             if not any_matches(step.targets, paths, module):
                 continue
-            match = Match(tuple(paths), module, step, (masks or {}).get(module))
+            mask = (masks or {}).get(module)
+            match = Match(tuple(paths), module, step, mask if isinstance(mask, torch.Tensor) else None)
             reason = ignored(step, paths, module, head) or why_not(module, step.scheme)
-            reason = reason or _without_inputs(match) or _too_dense(match)
+            reason = reason or _without_inputs(match) or _too_dense(match, mask if isinstance(mask, float) else None)
             if reason is None:
                 matches.append(match)
                 break
@@ -172,11 +173,11 @@ def _without_inputs(match: Match) -> str | None:
     return None
 
 
-def _too_dense(match: Match) -> str | None:
-    """Why a sparse step leaves a layer, or None."""
+def _too_dense(match: Match, planned: float | None) -> str | None:
+    """Why a sparse step leaves a layer, which will have a `planned` part of zeros if that is known, or None."""
     if not isinstance(match.step, Sparse) or match.step.min_sparsity == 0:
         return None
-    zeros = float((match.weight == 0).float().mean())
+    zeros = float((match.weight == 0).float().mean()) if planned is None else planned
     least = match.step.min_sparsity
     return None if zeros >= least else f"{zeros:.0%} of its weight is zero, and the step asks for {least:.0%}"
 

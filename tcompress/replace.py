@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from tcompress.errors import message
+from tcompress.fast_path import disable_torch_fast_path
 from tcompress.match import Match
 from tcompress.nn import (
-    CodebookLinear,
     Int8MultiheadAttention,
-    LowRankLinear,
     OutlierLinear,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -85,7 +84,7 @@ def _sparse(match: Match, step: Sparse) -> SparseLinear:
 
 
 def pruned_copy(
-    module: nn.Module, mask: torch.Tensor, cache: dict[int, nn.Parameter], weight: torch.Tensor | None = None
+    module: nn.Module, mask: torch.Tensor | None, cache: dict[int, nn.Parameter], weight: torch.Tensor | None = None
 ) -> nn.Module:
     """A linear layer like this one, with zeros where mask [N, K] is False and nothing of `torch.nn.utils.prune`; if one
     is given, with a weight [N, K] that has them already, and is taken as it is.
@@ -103,7 +102,10 @@ def pruned_copy(
             memo[id(old)] = nn.Parameter(bias.detach().clone(), old.requires_grad)
             continue
         if id(old) not in cache:
-            new = linear_weight(module).detach().masked_fill(~mask, 0) if weight is None else weight
+            if weight is None:
+                assert mask is not None
+                weight = linear_weight(module).detach().masked_fill(~mask, 0)
+            new = weight
             new = new.t().contiguous() if is_conv1d(module) else new
             cache[id(old)] = nn.Parameter(new, old.requires_grad)
         memo[id(old)] = cache[id(old)]
@@ -164,21 +166,3 @@ def _masked_values(model: nn.Module) -> Iterator[torch.Tensor]:
             value = vars(module).get(name.removesuffix("_mask"))
             if name.endswith("_mask") and isinstance(value, torch.Tensor):
                 yield value
-
-
-def disable_torch_fast_path(model: nn.Module) -> None:
-    """Makes `torch.nn.TransformerEncoder(Layer)` call its linear layers instead of reading their weights.
-
-    In evaluation mode torch hands the float weights of a whole layer to one native function, past any replacement. The
-    attributes set here are the ones by which torch itself decides against that.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _has_compressed(module):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and _has_compressed(module):
-            module.use_nested_tensor = False
-
-
-def _has_compressed(module: nn.Module) -> bool:
-    kinds = QuantizedLinear | SparseLinear | CodebookLinear | LowRankLinear | Int8MultiheadAttention
-    return any(isinstance(m, kinds) for m in module.modules())

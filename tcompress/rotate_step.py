@@ -20,8 +20,8 @@ from tcompress.report.size import model_sizes
 from tcompress.rotation import Rotation, rotation_of
 from tcompress.transform import Work, transforms
 
-#: How far outputs may be from the original's, relative to their norm, in units of their precision.
-_TOLERANCE = 1000
+#: How far outputs may be from the original's, relative to their norm, in units of their precision, and at most.
+_TOLERANCE, _AT_MOST = 1000, 0.2
 
 
 @transforms(Rotate)
@@ -110,7 +110,7 @@ def _retie(
 def _same(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
     if before is None or after is None or before.shape != after.shape:
         return False
-    limit = _TOLERANCE * torch.finfo(before.dtype).eps
+    limit = min(_TOLERANCE * torch.finfo(before.dtype).eps, _AT_MOST)
     return bool((after.double() - before.double()).norm() <= limit * before.double().norm())
 
 

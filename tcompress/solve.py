@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 from torch import nn
 
 from tcompress.blocks import BlockRunner, find_chains, forward_replaced
 from tcompress.calibrate import batches, evaluating
 from tcompress.collect import collect, layers_by_input
+from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
-from tcompress.layer_job import Job, Key, Solution, jobs_of, tied_across
+from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
 from tcompress.prune_step import Pruned
 from tcompress.recipe import Prune, Quantize, Recipe
@@ -23,7 +25,7 @@ from tcompress.resume import StageStore, fingerprint
 from tcompress.solve_block import Calls, solve_block
 from tcompress.solve_layer import solve_layer, stand_in
 from tcompress.stage_tensors import from_tensors, to_tensors
-from tcompress.statistics import InputStatistics
+from tcompress.statistics import InputStatistics, output_sqnr_db
 from tcompress.weights import linear_weight
 
 
@@ -41,6 +43,7 @@ def solve(
     data: Any,
     progress: bool = False,
     resume: str | Path | None = None,
+    inplace: bool = False,
 ) -> tuple[dict[nn.Module, Solution], list[Any], list[str]]:
     """Solves the linear layers of a recipe in the order in which the model runs them.
 
@@ -52,7 +55,7 @@ def solve(
     Layers outside of blocks come last. At any time one block's Hessians are in memory, one for layers with one input,
     and what one block returned for the data, for AutoRound also what it returned in the original model. Where there are
     no blocks, all layers are solved after one pass over the model as it is. Weights are replaced, activations are not
-    quantized meanwhile. The model is left as it was.
+    quantized meanwhile. The model is left as it was, unless `inplace` is wanted.
 
     A layer's input tokens with NaN or infinity are left out (`InputStatistics`). A layer that is never called is pruned
     by magnitude and rounded to nearest. Both are reported.
@@ -60,6 +63,8 @@ def solve(
     Args:
         matches, pruned, converted: as found in the model for the recipe.
         data: batches, clean (`Samples`).
+        inplace: layers that are pruned, and that no later step packs, get their new weights as soon as their block is
+            done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
 
     Returns:
@@ -94,7 +99,7 @@ def solve(
             chains, owner = [], {}
         if not chains and len(jobs) > 1:
             notes.append("no sequence of blocks to go through: all layers were solved on the original model's inputs")
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store)
+        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
@@ -119,7 +124,10 @@ class _Run:
         inputs: str,
         notes: list[str],
         store: StageStore | None,
+        inplace: bool,
     ) -> None:
+        self._inplace = inplace
+        self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
         self._runner = BlockRunner(model, chains, samples)
@@ -197,6 +205,14 @@ class _Run:
             self._keep("rest", jobs, noted)
             self._forget_copies(jobs)
 
+    def _written(self, job: Job, found: Solution) -> Solution:
+        weight = linear_weight(job.module)
+        sqnr = sqnr_db(*squared_errors(weight, found.weight))
+        with torch.no_grad():
+            weight.copy_(found.weight)
+        known = Written(sqnr, self._output_sqnr.get(job.key))
+        return Solution(found.weight.new_empty(0), None, None, written=known)
+
     def _restored(self, stage: str, jobs: list[Job]) -> bool:
         """Takes a stage's solutions from an earlier run, if it has been finished there."""
         found = None if self._store is None else self._store.load(stage)
@@ -264,11 +280,17 @@ class _Run:
                 self.solved[job.key] = solve_layer(job, found)
             except ValueError as error:
                 raise ValueError(f"compress: {job.name}: {error}") from error
+            if self._inplace and job.only_prunes and found is not None and found.hessian is not None:
+                before, after = linear_weight(job.module).detach(), self.solved[job.key].weight
+                self._output_sqnr[job.key] = output_sqnr_db(before, after, found.hessian)
 
     def _forget_copies(self, jobs: Collection[Job]) -> None:
+        """Of quantized layers the integers are enough; in place, pruned ones need nothing more."""
         for job in jobs:
             found = self.solved[job.key]
-            if found.packed is not None and found.outliers is None:
+            if self._inplace and job.only_prunes and found.written is None:
+                self.solved[job.key] = self._written(job, found)
+            elif found.packed is not None and found.outliers is None:
                 empty = found.weight.new_empty(0)
                 self.solved[job.key] = Solution(empty, found.mask, found.packed, found.bias)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from tcompress.layer_job import Job, Solution
 from tcompress.packing import PackedWeight
-from tcompress.prune import sparsegpt, wanda_mask
+from tcompress.prune import magnitude_mask, sparsegpt, wanda_mask
 from tcompress.quantize import gptq, hqq, round_to_nearest
 from tcompress.quantize.bias_correction import corrected_bias
 from tcompress.quantize.error_propagation import propagated_weight
@@ -60,6 +60,8 @@ def pruned_weight(job: Job, statistics: InputStatistics | None) -> tuple[torch.T
         return found.weight, found.mask
     if statistics is not None and step.algorithm == "wanda":
         mask = wanda_mask(weight, statistics, step.pattern, step.sparsity)
+    elif mask is None:
+        mask = magnitude_mask(weight, step.pattern, step.sparsity)
     return weight.masked_fill(~mask, 0), mask
 
 

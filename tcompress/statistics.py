@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcompress.distances import sqnr_db
 from tcompress.errors import message
 
 
@@ -125,3 +126,15 @@ def check_count(statistics: InputStatistics, in_features: int, where: str) -> No
     if statistics.count == 0:
         hint = f"{statistics.left_out} inputs held NaN or infinity"
         raise ValueError(message(where, "statistics", "no inputs", "at least one token", hint))
+
+
+def output_sqnr_db(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor) -> float:
+    """10·log10(Σ‖Wx‖² / Σ‖(Ŵ-W)x‖²) over the inputs x that a Hessian is of: tr(W H Wᵀ) / tr((Ŵ-W) H (Ŵ-W)ᵀ).
+
+    Args:
+        weight, changed: [N, K]. hessian: [K, K].
+    """
+    weight = weight.float()
+    error = changed.float() - weight
+    signal, noise = (float(((w @ hessian) * w).sum(dtype=torch.float64)) for w in (weight, error))
+    return sqnr_db(signal, noise)

@@ -13,8 +13,9 @@ from rich.progress import track
 from torch import nn
 
 from tcompress import attention_step, calibrate, replace
+from tcompress.distances import sqnr_db, squared_errors
 from tcompress.fuse import fuse
-from tcompress.layer_job import Solution
+from tcompress.layer_job import Solution, Written
 from tcompress.match import COMPRESSED, Match, Skip, match
 from tcompress.match_attention import match_attention
 from tcompress.nn import OutlierLinear, SparseLinear
@@ -69,20 +70,36 @@ def swap_layers(
         required: raise if there is nothing to do.
 
     Raises:
-        ValueError: as `compress`; `model` is then unchanged.
+        ValueError: as `compress`; `model` is then unchanged, but in place, where an algorithm fails on a later layer,
+            the layers before it may be pruned.
     """
     attentions, attention_skips = match_attention(model, recipe)
     converted: dict[nn.Module, nn.Module] = {m.module: m.converted for m in attentions if m.converted is not None}
     pruned, prune_skips = prune_masks(model, recipe, converted)
-    masks = {module: p.mask for module, p in pruned.items()}
+    masks = {module: p.zeros if p.mask is None else p.mask for module, p in pruned.items()}
     required = required and not attentions and not pruned
     matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
 
     notes: list[str] = []
+    if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
+        notes.append("no layer was pruned")
+    first: calibrate.Reference | None = None
+    written: list[LayerReport] = []
     if steps_with_data(recipe):
-        solved, data, notes = solve(model, recipe, matches, pruned, converted, data, progress, resume)
-        pruned = {module: _pruned_by(solved[module], p) for module, p in pruned.items()}
+        if inplace and data is not None:  # before any layer changes
+            data = list(calibrate.batches(data))
+            with calibrate.evaluating(model):
+                first = calibrate.reference(model, data[0])
+        solved, data, solving = solve(model, recipe, matches, pruned, converted, data, progress, resume, inplace)
+        for module, p in list(pruned.items()):
+            done = solved[module].written
+            if done is None:
+                pruned[module] = _pruned_by(solved[module], p)
+            else:
+                written.append(_written_report(module, pruned.pop(module), done))
         matches = [_with_solution(m, solved) for m in matches]
+        notes += solving
+        del solved
 
     cache: replace.PackedCache = {}
     steps = track(matches, "compressing", disable=not progress, transient=True)
@@ -93,10 +110,8 @@ def swap_layers(
     tied: dict[int, nn.Parameter] = {}
     replacements |= {module: replace.pruned_copy(module, p.mask, tied, p.weight) for module, p in only_pruned.items()}
 
-    if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
-        notes.append("no layer was pruned")
     found: calibrate.Comparison | None = None
-    if data is not None:
+    if data is not None and (replacements or attentions or first is None):
         found = calibrate.compare_outputs(model, replacements, data, attentions)
         layers = [
             layer.model_copy(update={"output_sqnr_db": found.layers[m.module].sqnr_db})
@@ -107,7 +122,7 @@ def swap_layers(
         notes += [f"{name} was never called on the data" for name in idle]
     attention = attention_step.decide(attentions, found, notes)
 
-    layers += [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    layers += written + [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
     reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
     skipped = [_skip_report(skip) for skip in reasons.values()]
     for m in attentions:
@@ -123,7 +138,7 @@ def swap_layers(
         layers=layers + skipped,
         attention=attention + attention_step.skipped(attention_skips),
         notes=notes + _speed_notes(replacements),
-        reference=None if found is None else found.reference,
+        reference=found.reference if first is None and found is not None else first,
         smaller_is_meant=bool(matches),
     )
 
@@ -169,16 +184,37 @@ def _sparse_reason(layer: SparseLinear) -> str:
 def _pruned_report(
     module: nn.Module, pruned: Pruned, replacement: nn.Module, found: calibrate.Comparison | None
 ) -> LayerReport:
-    action = f"pruned {pruned.step.pattern}" + (f" {pruned.step.algorithm}" if pruned.step.needs_data else "")
-    report = _changed_report(pruned.names, module, replacement, linear_weight(replacement), action, "")
+    stored = linear_weight(replacement)
+    report = _changed_report(pruned.names, module, replacement, stored, _pruned_action(pruned), "")
     return report if found is None else report.model_copy(update={"output_sqnr_db": found.layers[module].sqnr_db})
+
+
+def _written_report(module: nn.Module, pruned: Pruned, written: Written) -> LayerReport:
+    """Of a layer that was pruned in its own place."""
+    weight, nbytes = linear_weight(module), model_sizes(module).disk
+    return LayerReport(
+        name=pruned.names[0],
+        aliases=pruned.names[1:],
+        kind=type(module).__name__,
+        action=_pruned_action(pruned),
+        shape=tuple(weight.shape),
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+        sparsity=int((weight == 0).sum()) / max(weight.numel(), 1),
+        weight_sqnr_db=written.weight_sqnr_db,
+        output_sqnr_db=written.output_sqnr_db,
+    )
+
+
+def _pruned_action(pruned: Pruned) -> str:
+    return f"pruned {pruned.step.pattern}" + (f" {pruned.step.algorithm}" if pruned.step.needs_data else "")
 
 
 def _changed_report(
     names: tuple[str, ...], module: nn.Module, replacement: nn.Module, stored: torch.Tensor, action: str, reason: str
 ) -> LayerReport:
     weight = linear_weight(module)
-    sqnr = calibrate.sqnr_db(*calibrate.squared_errors(weight, stored))
+    sqnr = sqnr_db(*squared_errors(weight, stored))
     return LayerReport(
         name=names[0],
         aliases=names[1:],

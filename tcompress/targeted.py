@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tcompress import calibrate
+from tcompress.distances import sqnr_db, squared_errors
+from tcompress.fast_path import disable_torch_fast_path
 from tcompress.match import (
     Skip,
     any_matches,
@@ -69,7 +70,7 @@ def replaced_report(
         bytes_before=model_sizes(module).disk,
         bytes_after=model_sizes(replacement).disk,
         sparsity=float((stored == 0).double().mean()),
-        weight_sqnr_db=calibrate.sqnr_db(float(weight.square().sum()), float((stored - weight).square().sum())),
+        weight_sqnr_db=sqnr_db(*squared_errors(weight, stored)),
     )
 
 
@@ -93,5 +94,6 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Puts modules in the places of others, at all of them, in place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    disable_torch_fast_path(model)

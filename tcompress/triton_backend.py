@@ -59,13 +59,18 @@ def _with_shared_reasons(unsupported: Callable[..., str | None]) -> Callable[...
     return checked
 
 
-def define(op: Op, run: Callable[..., Any], unsupported: Callable[..., str | None]) -> None:
+def define(
+    op: Op,
+    run: Callable[..., Any],
+    unsupported: Callable[..., str | None],
+    path: Callable[..., str | None] | None = None,
+) -> None:
     """Defines `tcompress_triton::<op>` with the schema and the fake of `op`, and declares the backend."""
     _library.define(op.name + op.schema)
     _library.impl(op.name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tcompress_triton::{op.name}", op.fake, lib=_library)
     differentiates_not(op, "tcompress_triton", _library)
-    backend.register_kernel(op.name, "triton", unsupported=_with_shared_reasons(unsupported))
+    backend.register_kernel(op.name, "triton", unsupported=_with_shared_reasons(unsupported), path=path)
 
 
 for _name, _kernel in KERNELS.items():

@@ -32,9 +32,15 @@ def gpt2():
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4)), {"input_ids": ids()}
 
 
-def t5():
-    config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=4, num_heads=4)
+def t5(layers=3, decoder_layers=4):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    config = hf.T5Config(vocab_size=96, num_layers=layers, num_decoder_layers=decoder_layers, **sizes)
     return hf.T5ForConditionalGeneration(config), {"input_ids": ids(), "decoder_input_ids": ids(1, 2, 5)}
+
+
+def shallow_t5():
+    """Its decoder blocks hold three layers each, one more than there are blocks; but these return no likes."""
+    return t5(2, 2)
 
 
 def torch_encoder():
@@ -43,7 +49,7 @@ def torch_encoder():
 
 
 MODELS = {"llama": (llama, [3]), "bert": (bert, [3]), "gpt2": (gpt2, [3]), "t5": (t5, [3, 4]),
-          "torch": (torch_encoder, [3])}  # fmt: skip
+          "shallow_t5": (shallow_t5, [2, 2]), "torch": (torch_encoder, [3])}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

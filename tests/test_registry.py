@@ -64,11 +64,12 @@ def test_triton_kernel_is_complete(op: str):
     schema = getattr(torch.ops.tcompress_triton, op).default._schema
     assert str(schema) == str(getattr(torch.ops.tcompress, op).default._schema).replace("tcompress", "tcompress_triton")
     names = [a.name for a in schema.arguments]
-    run, unsupported = KERNELS[op]
+    run, unsupported, path = KERNELS[op]
     assert list(inspect.signature(run).parameters) == names
     parameters = inspect.signature(unsupported).parameters.values()
     leading = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert leading == names[: len(leading)]
+    assert path is None or list(inspect.signature(path).parameters) == names
     assert f'"{op}"' in (ROOT / "tests" / "gpu" / "test_triton_ops.py").read_text(), "compared with the reference"
 
 

@@ -37,6 +37,15 @@ def test_llama():
     torch.testing.assert_close(got, expected @ before.embed_tokens.weight.double().T, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, inputs = llama(tie_word_embeddings=False)
+    model = model.to(dtype)
+    result = rotate(model, inputs)
+    assert result.report.layers
+    assert 0 < change(model, result.model, inputs) < 40 * torch.finfo(dtype).eps
+
+
 def test_a_large_channel_is_spread():
     model, inputs = llama(tie_word_embeddings=False)
     with torch.no_grad():

@@ -271,3 +271,33 @@ def test_saved_and_loaded(tmp_path):
     x = samples()[0]
     with torch.inference_mode():
         assert torch.equal(same(x), result.model(x))
+
+
+@pytest.mark.parametrize("step", [SPARSEGPT, WANDA, {**SPARSEGPT, "pattern": "2:4", "sparsity": None}])
+def test_pruning_in_place_is_the_same_without_a_second_copy(step):
+    expected = compress(stack(), step, data=samples())
+    model = stack()
+    weights = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(model, {"steps": [step]}, samples(), inplace=True)
+    assert result.model is model
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == weights
+    for (name, got), (_, wanted) in zip(model.named_parameters(), expected.model.named_parameters(), strict=True):
+        assert torch.equal(got, wanted), name
+    assert result.report.output_cosine == pytest.approx(expected.report.output_cosine, abs=1e-6)
+    for got, wanted in zip(result.report.layers, expected.report.layers, strict=True):
+        assert (got.name, got.action, got.sparsity) == (wanted.name, wanted.action, wanted.sparsity)
+        assert got.weight_sqnr_db == pytest.approx(wanted.weight_sqnr_db)
+
+
+def test_a_written_layers_output_error_is_that_of_its_products():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    before, x = model[0].weight.detach().clone(), torch.randn(40, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(model, {"steps": [SPARSEGPT]}, x, inplace=True)
+    error = (x @ (model[0].weight - before).T).square().sum() / (x @ before.T).square().sum()
+    (layer,) = result.report.layers
+    assert layer.output_sqnr_db == pytest.approx(-10 * float(error.detach().log10()), rel=1e-4)

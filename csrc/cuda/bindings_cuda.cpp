@@ -1,58 +1,19 @@
-// The only CUDA file that includes torch: check tensors > raw view > launch on torch's current stream.
+// Check tensors > raw view > launch on torch's current stream; bindings_cuda_int4.cpp has the ops with an int4 weight.
 //
-// Registers kernels for the dispatch key CUDA of ops that tcompress/ops defines. It links nothing of torch's CUDA: the
-// stream is looked up in the process, so that the module loads where torch is built for the CPU alone. Nothing waits
-// for the device, and all memory is torch's, so a call can be captured in a CUDA graph.
+// Registers kernels for the dispatch key CUDA of ops that tcompress/ops defines. Nothing waits for the device, and all
+// memory is torch's, so a call can be captured in a CUDA graph.
 
 #include <Python.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <cmath>
 
-#include "../binding_linear.h"
 #include "attention.h"
-#include "device.h"
+#include "binding_device.h"
 #include "int8_linear.h"
 #include "quantize_per_token.h"
 #include "two_four_linear.h"
 
 namespace {
-
-namespace cuda = tcompress::cuda;
-
-constexpr int64_t kRowBytes = 16;  // rows of 8-bit operands start at multiples of this
-
-int64_t padded(int64_t k) { return (k + kRowBytes - 1) / kRowBytes * kRowBytes; }
-
-cuda::StreamHandle current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
-  require(get != nullptr, "tcompress: CUDA: expected a torch with CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return static_cast<cuda::StreamHandle>(stream);
-}
-
-// The device of `x` is current while this lives.
-struct OnDevice {
-  torch::stable::accelerator::DeviceGuard guard;
-  int32_t device;
-  cuda::StreamHandle stream;
-
-  explicit OnDevice(const Tensor& x)
-      : guard(x.get_device_index()), device(x.get_device_index()), stream(current_stream(device)) {
-    cuda::set_device(device);
-  }
-};
-
-void on_same_device(const Tensor& x, const std::optional<Tensor>& t) {
-  require(!t.has_value() || (t->is_cuda() && t->get_device_index() == x.get_device_index()),
-          "tcompress: tensors: expected all on one CUDA device");
-}
 
 // int8 rows as the product reads them: where they lie if that is aligned, else a copy.
 Tensor aligned_rows(const Tensor& rows_in, int64_t rows, int64_t k, const OnDevice& on) {

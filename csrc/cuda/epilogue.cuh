@@ -1,8 +1,11 @@
-// What follows the exact sums of a linear layer: scales, bias, activation, residual, one rounding.
+// What follows the sums of a linear layer: warps that shared k meet, then scales, bias, activation, residual, and one
+// rounding.
 //
 // Written once for eight neighbours of a row and run in a loop that is not unrolled: five activations in four output
 // types would otherwise be copied for every accumulator.
 #pragma once
+
+#include <type_traits>
 
 #include "elements.cuh"
 #include "int8_linear.h"
@@ -64,6 +67,40 @@ __device__ __forceinline__ void finish(const Int8LinearArgs& args, int64_t m, in
   for (int i = 0; i < kVector; ++i)
     y[i] = ptx::multiply(ptx::multiply(ptx::to_float(acc[i]), scale), i < count ? args.weight_scale[n + i] : 0.f);
   finish_floats(args, m, n, y);
+}
+
+// The sums of a block, kRows tokens by kColumns channels, which Tile::WK groups of warps have left in shared memory,
+// one behind the other, each where Tile::sum_at says; int32_t, or float with their scales. For all threads, after a
+// barrier.
+template <class Sum, class Tile, int kRows, int kColumns, class Args>
+__device__ __forceinline__ void finish_block(const Args& args, ptx::SharedPtr shared, int64_t m0, int64_t n0) {
+  constexpr int kVectors = kColumns / kVector;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < kRows * kVectors; v += Tile::kThreads) {
+    const int row = v / kVectors, column = v % kVectors * kVector;
+    const int64_t m = m0 + row, n = n0 + column;
+    if (m >= args.m || n >= args.n) continue;
+    Sum sum[kVector] = {};
+#pragma unroll
+    for (int part = 0; part < Tile::WK; ++part)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const ptx::SharedPtr at = shared + part * (kRows * kColumns * 4) + Tile::sum_at(row, column) + half * 16;
+        const ptx::Words4 w = ptx::load_shared<ptx::Words4>(at);
+        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (std::is_same<Sum, float>::value)
+            sum[half * 4 + i] += ptx::from_bits(words[i]);
+          else
+            sum[half * 4 + i] += static_cast<int32_t>(words[i]);
+        }
+      }
+    if constexpr (std::is_same<Sum, float>::value)
+      finish_floats(args, m, n, sum);
+    else
+      finish(args, m, n, sum);
+  }
 }
 
 }  // namespace tcompress::cuda

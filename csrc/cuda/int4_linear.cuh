@@ -186,23 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads) int4_linear_kernel(const __gri
                               Tile::sum_at(i * 16 + half * 8 + lane / 4, wn * kInt4Columns + j * 8 + lane % 4 * 2),
                           ptx::Words2{ptx::to_bits(total[i][j][half * 2]), ptx::to_bits(total[i][j][half * 2 + 1])});
   ptx::barrier();
-  constexpr int kVectors = Tile::BN / kVector;
-#pragma unroll 1
-  for (int v = threadIdx.x; v < Tile::BM * kVectors; v += Tile::kThreads) {
-    const int row = v / kVectors, first = v % kVectors * kVector;
-    if (m0 + row >= args.m || n0 + first >= args.n) continue;
-    float y[kVector] = {};
-#pragma unroll
-    for (int part = 0; part < Tile::WK; ++part)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const ptx::Words4 w = ptx::load_shared<ptx::Words4>(shared + part * Tile::BM * Tile::BN * 4 +
-                                                            Tile::sum_at(row, first) + half * 16);
-        y[half * 4] += ptx::from_bits(w.x), y[half * 4 + 1] += ptx::from_bits(w.y);
-        y[half * 4 + 2] += ptx::from_bits(w.z), y[half * 4 + 3] += ptx::from_bits(w.w);
-      }
-    finish_floats(args, m0 + row, n0 + first, y);
-  }
+  finish_block<float, Tile, Tile::BM, Tile::BN>(args, shared, m0, n0);
 }
 
 constexpr int kPackThreads = 128;

@@ -145,23 +145,7 @@ __global__ void __launch_bounds__(Tile::kThreads) two_four_linear_kernel(const _
         ptx::store_shared(shared + wk * Tile::BM * Tile::BF * 4 + Tile::sum_at(token, feature), acc[i][j][e]);
       }
   ptx::barrier();
-  constexpr int kVectors = Tile::BF / kVector;
-#pragma unroll 1
-  for (int v = threadIdx.x; v < Tile::BM * kVectors; v += Tile::kThreads) {
-    const int token = v / kVectors, feature = v % kVectors * kVector;
-    if (m0 + token >= args.m || f0 + feature >= args.n) continue;
-    int32_t sum[kVector] = {};
-#pragma unroll
-    for (int part = 0; part < Tile::WK; ++part)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const ptx::Words4 w = ptx::load_shared<ptx::Words4>(shared + part * Tile::BM * Tile::BF * 4 +
-                                                            Tile::sum_at(token, feature) + half * 16);
-        sum[half * 4] += static_cast<int32_t>(w.x), sum[half * 4 + 1] += static_cast<int32_t>(w.y);
-        sum[half * 4 + 2] += static_cast<int32_t>(w.z), sum[half * 4 + 3] += static_cast<int32_t>(w.w);
-      }
-    finish(args, m0 + token, f0 + feature, sum);
-  }
+  finish_block<int32_t, Tile, Tile::BM, Tile::BF>(args, shared, m0, f0);
 }
 
 constexpr int kTwoFourPackThreads = 128;

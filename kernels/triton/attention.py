@@ -26,8 +26,9 @@ import triton.language as tl
 from . import attention_prepare, attention_values, autotune
 from .attention_blocks import BOOL_MASK, FLOAT_MASK, NO_MASK
 from .attention_rows import attend_rows, quotient
-from .attention_tiles import Tiles, candidates, tiles
+from .attention_tiles import candidates, tiles
 from .numbers import capability
+from .tiles import TileConfig
 
 
 # Addresses do not depend on the divisibility of these: one compilation serves all lengths.
@@ -109,7 +110,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-    tile: Tiles | None = None,
+    tile: TileConfig | None = None,
     left: int = -1,
     right: int = -1,
     softcap: float = 0.0,

@@ -24,9 +24,10 @@ from .attention_blocks import NO_MASK
 from .attention_prepare import padded_head
 from .attention_rows import attend_rows, quotient
 from .attention_sequences import blocks, length_of, offset_of, sequence_of, start_block
-from .attention_tiles import Tiles, candidates, tiles
+from .attention_tiles import candidates, tiles
 from .attention_values import padded_values
 from .numbers import capability
+from .tiles import TileConfig
 
 
 @triton.jit(
@@ -101,7 +102,7 @@ def attention_varlen(
     softcap: float = 0.0,
     scale: float | None = None,
     return_lse: bool = False,
-    tile: Tiles | None = None,
+    tile: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantized_attention_varlen` in 8 bits; checked arguments.
 

@@ -1,7 +1,7 @@
 """Which tile a launch takes: measured on this GPU the first time, then from a file.
 
     $XDG_CACHE_HOME/tcompress/triton-<GPU>-<Triton's version>.json      (~/.cache by default)
-        {"int4_linear 16x4096x4096 …": {"block_m": 16, …}, …}
+        {"int4_linear 16x4096x4096 …": {"name": "int4_linear/sm_90/16x32x128-4w4s-k2", "block_m": 16, …}, …}
 
  1. What this process has seen already.
  2. The file. One that is damaged is told of and taken for empty, so that tiles are measured again.
@@ -26,14 +26,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
-#: A dataclass of sizes: TileConfig, or the tiles of attention and of int8 linear.
-Tile = TypeVar("Tile")
+from .tiles import TileConfig
+
 #: A candidate must be this much faster than the stored tile: less is noise.
 MARGIN = 0.97
 WARM_UP, CALLS, ROUNDS = 2, 5, 5
@@ -44,12 +44,12 @@ _known: dict[str, dict[str, Any]] = {}
 def choose(
     kernel: str,
     sizes: str,
-    stored: Tile,
-    candidates: Callable[[], Sequence[Tile]],
-    run: Callable[[Tile], object],
+    stored: TileConfig,
+    candidates: Callable[[], Sequence[TileConfig]],
+    run: Callable[[TileConfig], object],
     x: torch.Tensor,
     measure: Callable[[Callable[[], object]], float] | None = None,
-) -> Tile:
+) -> TileConfig:
     """The tile to launch with.
 
     Args:
@@ -72,17 +72,17 @@ def choose(
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return stored
     best = fastest(stored, candidates(), run, measure or _seconds)
-    memory[key] = dataclasses.asdict(best)  # type: ignore[call-overload]
+    memory[key] = {"name": best.name, **_sizes(best)}
     _write(path, {key: memory[key]})
     return best
 
 
 def fastest(
-    stored: Tile,
-    candidates: Sequence[Tile],
-    run: Callable[[Tile], object],
+    stored: TileConfig,
+    candidates: Sequence[TileConfig],
+    run: Callable[[TileConfig], object],
     measure: Callable[[Callable[[], object]], float],
-) -> Tile:
+) -> TileConfig:
     """The fastest by MARGIN, or the stored one. A candidate that needs more shared memory or registers than the GPU
     has, found by the launch or by the assembler, is passed over; any other error is raised."""
     best, least = stored, measure(lambda: run(stored)) * MARGIN
@@ -98,9 +98,9 @@ def fastest(
     return best
 
 
-def neighbours(tile: Tile, **values: Sequence[int | bool]) -> list[Tile]:
+def neighbours(tile: TileConfig, **values: Sequence[int | bool]) -> list[TileConfig]:
     """Tiles that differ from `tile` in one field, which takes the given values."""
-    changed = [dataclasses.replace(tile, **{k: v}) for k, several in values.items() for v in several]  # type: ignore[type-var]
+    changed = [dataclasses.replace(tile, **{k: v}) for k, several in values.items() for v in several]  # type: ignore[arg-type]
     return [other for other in changed if other != tile]
 
 
@@ -121,12 +121,17 @@ def cache_file(device: str) -> Path:
     return folder / f"triton-{re.sub(r'[^A-Za-z0-9.]+', '-', device)}-{triton.__version__}.json"
 
 
-def _tile(fields: object, like: Tile) -> Tile | None:
-    """The tile that the file describes, or None if it describes none of this kind."""
-    names = {field.name for field in dataclasses.fields(like)}  # type: ignore[arg-type]
-    if not isinstance(fields, dict) or set(fields) != names:
+def _sizes(tile: TileConfig) -> dict[str, Any]:
+    """All but the table that it is from."""
+    return {k: v for k, v in dataclasses.asdict(tile).items() if k not in ("kernel", "architecture")}
+
+
+def _tile(fields: object, like: TileConfig) -> TileConfig | None:
+    """The tile that the file describes, or None if it describes none, or one of another table."""
+    if not isinstance(fields, dict) or set(fields) != {"name", *_sizes(like)}:
         return None
-    return dataclasses.replace(like, **fields)  # type: ignore[type-var]
+    tile = dataclasses.replace(like, **{k: v for k, v in fields.items() if k != "name"})
+    return tile if tile.name == fields["name"] else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The ops in Triton: what the kernels take, and how an op's arguments reach them.
 
-As `csrc/bindings.cpp` for the compiled kernels, this file and `bindings_sparse` know the ops' signatures. They do not
-import Triton until a kernel runs. `KERNELS` maps an op to two functions of the op's arguments: one that runs it, and
-one that says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
+As `csrc/bindings.cpp` for the compiled kernels, this file, `bindings_int4` and `bindings_sparse` know the ops'
+signatures. They do not import Triton until a kernel runs. `KERNELS` maps an op to functions of the op's arguments: one
+that runs it, and one that says why it cannot, or None. The latter may be asked with fewer arguments than the op has.
 
 Nothing here waits for the GPU or looks at data, so all of it can be captured in a CUDA graph.
 """
@@ -13,14 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import bindings_sparse
+from . import bindings_int4, bindings_sparse
 from .kernel_binding import Kernel, Maybe
+from .reasons import IN_CPU_LAYOUT, MAX_HEAD
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-MAX_HEAD = 256
-LEAST_GROUP = 32  # of an int4 weight
-IN_CPU_LAYOUT = "the weight is in the layout of the CPU kernels: module.to('cuda') brings it back"
 
 
 # ---- quantize_per_token ---------------------------------------------------------------------------------------------
@@ -190,46 +187,6 @@ def _multiply(
     return y.view(*x.shape[:-1], n)
 
 
-# ---- int4_linear ----------------------------------------------------------------------------------------------------
-
-
-def int4_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    zero_point: Maybe,
-    bias: Maybe,
-    kernel_weight: Maybe,
-    group_size: int,
-    act_bits: int | None,
-    act_symmetric: bool,
-    activation: str,
-    out_dtype: torch.dtype | None,
-    residual: Maybe = None,
-) -> torch.Tensor:
-    from .int4_linear import int4_linear
-
-    operands = (x, weight, weight_scale, zero_point, bias)
-    return int4_linear(*operands, group_size, act_bits, act_symmetric, activation, out_dtype, residual)
-
-
-def int4_linear_unsupported(
-    x: torch.Tensor,
-    weight: Maybe,
-    weight_scale: torch.Tensor | None = None,
-    zero_point: Maybe = None,
-    bias: Maybe = None,
-    kernel_weight: Maybe = None,
-    group_size: int = LEAST_GROUP,
-    *options: object,
-) -> str | None:
-    if weight is None:
-        return IN_CPU_LAYOUT
-    if group_size < x.shape[-1] and (group_size < LEAST_GROUP or group_size & (group_size - 1)):
-        return f"group_size={group_size}: the Triton kernels have powers of two from {LEAST_GROUP} on"
-    return None
-
-
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +302,10 @@ KERNELS = {
     "int8_linear_quantized": Kernel(int8_linear_quantized, int8_linear_quantized_unsupported),
     "int8_linear_requantize": Kernel(int8_linear_requantize, int8_linear_requantize_unsupported),
     "int8_multi_linear": Kernel(int8_multi_linear, int8_multi_linear_unsupported),
-    "int4_linear": Kernel(int4_linear, int4_linear_unsupported),
+    "int4_linear": Kernel(
+        bindings_int4.int4_linear, bindings_int4.int4_linear_unsupported, bindings_int4.int4_linear_path
+    ),
+    "int4_multi_linear": Kernel(bindings_int4.int4_multi_linear, bindings_int4.int4_multi_linear_unsupported),
     "kv_cache_attention": Kernel(kv_cache_attention, kv_cache_attention_unsupported),
     "quantized_attention": Kernel(quantized_attention, quantized_attention_unsupported),
     **bindings_sparse.KERNELS,

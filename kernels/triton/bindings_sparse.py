@@ -165,7 +165,9 @@ def int4_sparse_linear(
     weight = int4_sparse_layout.parts(kernel_weight, out_features, x.shape[-1], group_size, scale_dtype, pattern)
     operands = (x, weight.values, BlockRows(weight.start, weight.column), weight.scale)
     size = sparse_layout.block_size(pattern)
-    return int4_sparse_linear(*operands, size, bias, act_bits, act_symmetric, activation, out_dtype, residual)
+    return int4_sparse_linear(
+        *operands, size, bias, act_bits, act_symmetric, activation, out_dtype, residual, group_size=group_size
+    )
 
 
 def int4_sparse_linear_unsupported(

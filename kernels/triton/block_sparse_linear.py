@@ -9,6 +9,8 @@
  2. J blocks and their panels, side by side along K: [BLOCK_M, J·C] times [J·C, R], exact in int32 or in float32.
  3. linear_finish. A float token that is not finite gives a row of NaN, as the ops' references say.
 
+Up to a few tokens go through block_sparse_narrow instead.
+
 Constraints (`unsupported`): blocks RxC with R 8, 16, 32 or 64 and C 4, 8 or 16; any number of tokens. Products in the
 type of the weight where x has it too, else in float32; float32 without the matrix unit.
 """
@@ -16,6 +18,7 @@ type of the weight where x has it too, else in float32; float32 without the matr
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,9 +26,11 @@ import triton.language as tl
 
 from . import autotune
 from .block_panels import BLOCK_COLUMNS, BLOCK_ROWS, BlockRows, load_panels, to_panels
+from .block_sparse_narrow import FEW_TOKENS, FLOATS, INT8, block_sparse_narrow, narrow_candidates, narrow_tile
 from .linear_finish import ACTIVATIONS, finish, finish_floats
+from .numbers import capability
 from .quantize_tokens import quantize_tokens
-from .tiles import TileConfig
+from .tiles import TileConfig, TileTable
 
 
 @triton.jit(do_not_specialize=["m", "panel_stride"])
@@ -78,12 +83,28 @@ def unsupported(pattern: str, values: torch.dtype) -> str | None:
     return None
 
 
-def block_sparse_tile(m: int, size: tuple[int, int], dtype: torch.dtype) -> TileConfig:
-    """`block_k` is J · C. By rule, not measured; chosen so that nothing spills."""
+# `block_n` becomes R, `block_k` is J · C. By rule, not measured; chosen so that nothing spills.
+TILES = TileTable(
+    "block_sparse_linear",
+    {str(m): TileConfig(m, 8, 64, 4, 3) for m in (16, 32, 64, 128)}
+    | {f"{m}, float32": TileConfig(m, 8, 32, 4, 3) for m in (16, 32)},
+)
+
+
+def block_sparse_tile(capability: int, m: int, size: tuple[int, int], dtype: torch.dtype) -> TileConfig:
+    """`dtype`: of the products. A step has at least one block."""
+    if m <= FEW_TOKENS:
+        return narrow_tile(capability, size)
     floats = dtype == torch.float32
     block_m = 16 if m <= 16 else 32 if m <= 32 or floats else 64 if m <= 512 or size[0] > 16 else 128
-    block_k = max(32 if floats else 64, size[1])
-    return TileConfig(block_m, size[0], block_k, 4, 3, name=f"block_sparse_{block_m}")
+    tile = TILES.tile(capability, str(block_m) + (", float32" if floats else ""))
+    return replace(tile, block_n=size[0], block_k=max(tile.block_k, size[1]))
+
+
+def _candidates(stored: TileConfig, wide: TileConfig) -> list[TileConfig]:
+    if stored.block_m == 1:
+        return [*narrow_candidates(stored), wide]
+    return autotune.neighbours(stored, block_k=(32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4))
 
 
 def block_sparse_linear(
@@ -129,10 +150,10 @@ def block_sparse_linear(
         many = autotune.tokens(kept.column.numel())
         sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {values.dtype} {act_symmetric} {activation}"
         arguments = (x, values, kept, n, size, weight_scale, weight_sum, bias, act_bits, act_symmetric, activation)
-        stored = block_sparse_tile(m, size, dtype)
+        stored = block_sparse_tile(capability(x), m, size, dtype)
         tile = autotune.choose(
             "block_sparse_linear", sizes, stored,
-            lambda: autotune.neighbours(stored, block_k=(32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4)),
+            lambda: _candidates(stored, block_sparse_tile(capability(x), FEW_TOKENS + 1, size, dtype)),
             lambda tile: block_sparse_linear(*arguments, out_dtype, residual, tile), x,
         )  # fmt: skip
     padded = triton.cdiv(m, tile.block_m) * tile.block_m
@@ -146,13 +167,21 @@ def block_sparse_linear(
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
     block_rows = triton.cdiv(n, size[0])
     nowhere = scale
-    block_sparse[(block_rows * (padded // tile.block_m),)](
+    pointers = (
         a, scale, zero, values, kept.start, kept.column, nowhere if weight_scale is None else weight_scale,
         nowhere if weight_sum is None else weight_sum, nowhere if bias is None else bias.contiguous(),
         nowhere if residual is None else residual, out,
-        m, n, block_rows, padded * c, 0 if residual is None else residual.stride(0),
-        BLOCK_M=tile.block_m, R=size[0], C=c, J=tile.block_k // c, INTEGERS=whole,
-        HAS_ZERO=whole and not act_symmetric, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=ACTIVATIONS.index(activation), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    sizes_of = (block_rows, padded * c, 0 if residual is None else residual.stride(0))
+    options = {
+        "R": size[0], "C": c, "J": tile.block_k // c, "HAS_ZERO": whole and not act_symmetric,
+        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": ACTIVATIONS.index(activation), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    grid = (block_rows * (padded // tile.block_m),)
+    if tile.block_m == 1:
+        kind = INT8.value if whole else FLOATS.value
+        block_sparse_narrow[grid](*pointers, m, n, 1, 1, *sizes_of, KIND=kind, **options)
+    else:
+        block_sparse[grid](*pointers, m, n, *sizes_of, BLOCK_M=tile.block_m, INTEGERS=whole, **options)
     return out

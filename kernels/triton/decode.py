@@ -27,6 +27,7 @@ Papers: Dao et al. (Flash-Decoding), crfm.stanford.edu/2023/10/12/flashdecoding.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -34,8 +35,8 @@ import triton.language as tl
 
 from . import autotune
 from .attention_blocks import BOOL_MASK, FLOAT_MASK, LOG2_E, LOWEST_MASK, NO_MASK, softcapped
-from .numbers import all_finite, reciprocal, round_half_even, steps
-from .tiles import PROCESSORS, TileConfig
+from .numbers import all_finite, capability, reciprocal, round_half_even, steps
+from .tiles import PROCESSORS, TileConfig, TileTable
 
 LN_2 = tl.constexpr(0.6931471805599453)
 #: Tokens of a block of the cache.
@@ -216,20 +217,26 @@ def decode_reduce(
         tl.store(LSE + (b * heads + head) * sq + query, tl.where(empty, float("-inf"), lse))
 
 
-def decode_tile(rows: int, head: int, tiles: int, blocks: int) -> TileConfig:
+TILES = TileTable(
+    "decode",
+    {
+        "16 rows": TileConfig(16, TOKENS_A_BLOCK, warps=4, stages=3),
+        "32 rows": TileConfig(32, TOKENS_A_BLOCK, warps=4, stages=3),
+        "32 rows, long": TileConfig(32, TOKENS_A_BLOCK, warps=8, stages=3),
+        "64 rows": TileConfig(64, TOKENS_A_BLOCK, warps=4, stages=3),
+        "64 rows, long": TileConfig(64, TOKENS_A_BLOCK, warps=8, stages=3),
+    },
+)
+
+
+def decode_tile(capability: int, rows: int, head: int, tiles: int, blocks: int) -> TileConfig:
     """For `rows` queries and heads that share a head of keys, the larger head size, so many heads of keys in all, and
     blocks of tokens. By rule, not measured; chosen so that nothing spills."""
     block_m = 16 if rows <= 16 else 32 if rows <= 32 or head > 128 else 64
     tiles *= -(-rows // block_m)
     split = min(-(-2 * PROCESSORS // max(tiles, 1)), -(-blocks // LEAST_BLOCKS), MOST_SPLITS)
-    return TileConfig(
-        block_m,
-        TOKENS_A_BLOCK,
-        warps=8 if block_m * head > 4096 else 4,
-        stages=3,
-        split=max(split, 1),
-        name=f"decode_{block_m}",
-    )
+    role = f"{block_m} rows" + (", long" if block_m * head > 4096 else "")
+    return replace(TILES.tile(capability, role), split=max(split, 1))
 
 
 def _candidates(stored: TileConfig) -> list[TileConfig]:
@@ -285,7 +292,7 @@ def kv_cache_attention(
         options = f"{mask is not None} {left >= 0} {right >= 0} {softcap > 0} {return_lse}"
         sizes = f"{b}x{kv_heads}x{autotune.tokens(end - first)} {sq * group}x{d}x{dv} {q.dtype} {options}"
         arguments = (q, k_data, k_scale, v_data, v_scale, k_mean, mask, length, dv, bottom_right, left, right)
-        stored = decode_tile(sq * group, max(d, dv), b * kv_heads, end - first)
+        stored = decode_tile(capability(q), sq * group, max(d, dv), b * kv_heads, end - first)
         tile = autotune.choose(
             "kv_cache_attention", sizes, stored, lambda: _candidates(stored),
             lambda tile: kv_cache_attention(*arguments, softcap, scale, return_lse, tile), q,

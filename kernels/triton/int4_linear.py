@@ -3,12 +3,14 @@
     tokens      W4A16 launches         W4A8 launches
     1           1   int4_narrow        1   int4_narrow quantizes x itself
     <= 32       1   int4_narrow        2   quantize_tokens, int4_narrow
-    more        1   int4_wide          2   quantize_tokens, int4_wide
+    < 256       1   int4_wide          2   quantize_tokens, int4_wide
+    more        2+  int4_dequantize    2   quantize_tokens, int4_wide
+                    and torch's product, where x and the result have one 16-bit type; else int4_wide
 
 With K split over programs one more, which clears the counts.
 
-Constraints (`unsupported`): the storage layout is there (`weight`); a group size that is a power of two from 32 on, or
-one scale a channel. Any number of tokens.
+Constraints (`bindings_int4`): the storage layout is there (`weight`); a group size that is a power of two from 32 on,
+or one scale a channel. Any number of tokens.
 """
 
 from __future__ import annotations
@@ -17,41 +19,16 @@ import torch
 import triton
 
 from . import autotune
-from .bindings import LEAST_GROUP
+from .int4_dequantize import dequantized_product
 from .int4_narrow import int4_narrow
+from .int4_tiles import NARROW_TOKENS, int4_tile
 from .int4_wide import int4_wide
 from .linear_finish import ACTIVATIONS
 from .numbers import capability, steps
 from .quantize_tokens import quantize_tokens
+from .reasons import LEAST_GROUP, multiplies_dequantized
 from .split_k import workspace
-from .tiles import PROCESSORS, TileConfig
-
-#: Up to here int4_narrow runs: one tile of tokens.
-NARROW_TOKENS = 32
-#: Products that a split should have at least.
-LEAST_PART = 512
-
-
-def int4_tile(capability: int, m: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> TileConfig:
-    """By rule, not measured; chosen so that nothing spills. `dtype`: of the products, int8 or that of x."""
-    longest = LEAST_GROUP if group_size < k else 4096
-    while longest < group_size:
-        longest *= 2
-    floats = dtype == torch.float32
-    if m <= NARROW_TOKENS:
-        block_m = 16 if m <= 16 else 32  # for one token too: on an H100 a third of the time of products of vectors
-        block_n = 16 if floats else 32
-        block_k = min(longest, 64 if floats else 128)
-        tiles, split = -(-n // block_n), 1
-        while tiles * split < PROCESSORS and k >= LEAST_PART * 2 * split and split < 16:
-            split *= 2
-        return TileConfig(block_m, block_n, block_k, 4, 4, split, name=f"int4_narrow_{block_m}")
-    if floats:
-        return TileConfig(32, 64, 32, 4, 2, name="int4_wide_float32")
-    block_k = min(longest, 128 if dtype == torch.int8 else 64)
-    if -(-m // 128) * -(-n // 128) >= PROCESSORS and m > 128:
-        return TileConfig(128, 64, block_k, 8, 3, name="int4_wide_128")
-    return TileConfig(64, 64, block_k, 4, 3, name="int4_wide_64")
+from .tiles import TileConfig
 
 
 def _candidates(stored: TileConfig) -> list[TileConfig]:
@@ -80,7 +57,7 @@ def int4_linear(
             residual [..., N]: as the op has them.
         act_bits: None leaves x in floats. float32 is multiplied in float32, without the matrix unit.
         tile: other than `autotune` chooses, which starts from `int4_tile`; `block_m` up to 32 and at least M means
-            int4_narrow.
+            int4_narrow, and none means int4_dequantize.
 
     Returns:
         [..., N] in `out_dtype`, by default the type of x.
@@ -98,6 +75,15 @@ def int4_linear(
     m, whole = rows.shape[0], act_bits is not None
     groups = weight_scale.shape[1]
     group_size = group_size if groups > 1 else max(LEAST_GROUP, triton.next_power_of_2(k))
+    if residual is not None:
+        residual = residual.reshape(m, n)
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight_scale, zero_point = weight_scale.contiguous(), None if zero_point is None else zero_point.contiguous()
+    if tile is None and multiplies_dequantized(m, act_bits, x.dtype, out_dtype):
+        operands = (rows, weight, weight_scale, zero_point, bias, group_size, activation, residual)
+        dequantized_product(*operands, out.view(m, n))
+        return out
     if tile is None:
         sizes = f"{autotune.tokens(m)}x{k}x{n} {x.dtype} g{group_size} {act_bits} {act_symmetric} {activation}"
         arguments = (x, weight, weight_scale, zero_point, bias, group_size, act_bits, act_symmetric, activation)
@@ -111,14 +97,9 @@ def int4_linear(
     a, scale, zero = rows, weight_scale, weight_scale  # the last two are not read
     if whole and not quantize:
         a, scale, zero = quantize_tokens(rows, act_bits or 8, act_symmetric)
-    if residual is not None:
-        residual = residual.reshape(m, n)
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     pointers = (
-        a, scale, zero, weight, weight_scale.contiguous(),
-        weight if zero_point is None else zero_point.contiguous(), weight_scale if bias is None else bias.contiguous(),
-        weight_scale if residual is None else residual, out,
+        a, scale, zero, weight, weight_scale, weight if zero_point is None else zero_point,
+        weight_scale if bias is None else bias.contiguous(), weight_scale if residual is None else residual, out,
     )  # fmt: skip
     strides = (a.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0))
     flags = {

@@ -7,11 +7,15 @@
  2. For each group: J kept blocks a step, nibbles less 8; exact int32 sums of the whole group, times its scale.
  3. Times the token's scale; linear_finish.
 
+Up to a few tokens go through block_sparse_narrow instead: it does not wait for one group after the other.
+
 Constraints (`unsupported`): blocks of 8, 16, 32 or 64 outputs x 4, 8 or 16 inputs; groups of a multiple of the block,
 or one; no zero points. Any number of tokens.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -20,10 +24,12 @@ import triton.language as tl
 from . import autotune
 from . import block_sparse_linear as blocks
 from .block_panels import BlockRows, load_panels
+from .block_sparse_narrow import FEW_TOKENS, INT4, block_sparse_narrow, narrow_candidates, narrow_tile
 from .int4_blocks import SYMMETRIC_ZERO
 from .linear_finish import ACTIVATIONS, finish_floats
+from .numbers import capability
 from .quantize_tokens import quantize_tokens
-from .tiles import TileConfig
+from .tiles import TileConfig, TileTable
 
 
 @triton.jit(do_not_specialize=["m", "panel_stride"])
@@ -72,10 +78,21 @@ def unsupported(pattern: str, k: int, group_size: int) -> str | None:
     return reason
 
 
-def int4_sparse_tile(m: int, size: tuple[int, int]) -> TileConfig:
-    """`block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured."""
-    block_m = 16 if m <= 16 else 64
-    return TileConfig(block_m, size[0], 32, 4, 2, name=f"int4_sparse_{block_m}")
+# `block_n` becomes R, `block_k` is J · C: a group of 128 with one block in four kept fills it. By rule, not measured.
+TILES = TileTable("int4_sparse_linear", {str(m): TileConfig(m, 8, 32, 4, 2) for m in (16, 64)})
+
+
+def int4_sparse_tile(capability: int, m: int, size: tuple[int, int], narrow: bool = True) -> TileConfig:
+    """For M tokens and blocks of that size; `narrow`: few tokens may take the kernel without the matrix unit."""
+    if narrow and m <= FEW_TOKENS:
+        return narrow_tile(capability, size)
+    return replace(TILES.tile(capability, "16" if m <= 16 else "64"), block_n=size[0])
+
+
+def _candidates(stored: TileConfig, wide: TileConfig) -> list[TileConfig]:
+    if stored.block_m == 1:
+        return [*narrow_candidates(stored), wide]
+    return autotune.neighbours(stored, block_k=(32, 64), warps=(2, 4), stages=(2, 3))
 
 
 def int4_sparse_linear(
@@ -91,6 +108,7 @@ def int4_sparse_linear(
     out_dtype: torch.dtype | None = None,
     residual: torch.Tensor | None = None,
     tile: TileConfig | None = None,
+    group_size: int = 0,
 ) -> torch.Tensor:
     """The numbers of `tcompress.ops.int4_sparse_linear`, for the storage layout; checked arguments.
 
@@ -101,6 +119,7 @@ def int4_sparse_linear(
         size: (R, C).
         act_bits, act_symmetric, activation, out_dtype, residual: as in `int4_linear`.
         tile: other than `autotune` chooses, which starts from `int4_sparse_tile`.
+        group_size: g, a multiple of C or at least K; 0 where few tokens are to take the kernel of many.
 
     Returns:
         [..., N].
@@ -114,12 +133,13 @@ def int4_sparse_linear(
     if tile is None:
         many = autotune.tokens(kept.column.numel())
         sizes = f"{autotune.tokens(m)}x{k}x{n} {size} {many} {x.dtype} {groups} {act_symmetric} {activation}"
+        sizes += "" if group_size else " wide"
         arguments = (x, values, kept, weight_scale, size, bias, act_bits, act_symmetric, activation)
-        stored = int4_sparse_tile(m, size)
+        stored = int4_sparse_tile(capability(x), m, size, group_size > 0)
         tile = autotune.choose(
             "int4_sparse_linear", sizes, stored,
-            lambda: autotune.neighbours(stored, block_k=(32, 64), warps=(2, 4), stages=(2, 3)),
-            lambda tile: int4_sparse_linear(*arguments, out_dtype, residual, tile), x,
+            lambda: _candidates(stored, int4_sparse_tile(capability(x), m, size, False)),
+            lambda tile: int4_sparse_linear(*arguments, out_dtype, residual, tile, group_size), x,
         )  # fmt: skip
     padded = triton.cdiv(m, tile.block_m) * tile.block_m
     a, scale, zero = quantize_tokens(rows, act_bits, act_symmetric, c, padded)
@@ -127,12 +147,20 @@ def int4_sparse_linear(
         residual = residual.reshape(m, n)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
     block_rows = triton.cdiv(n, r)
-    int4_block_sparse[(block_rows * (padded // tile.block_m),)](
-        a, scale, zero, values, kept.start, kept.column, weight_scale.contiguous(),
-        scale if bias is None else bias.contiguous(), scale if residual is None else residual, out,
-        m, n, groups, block_rows, padded * c, 0 if residual is None else residual.stride(0),
-        BLOCK_M=tile.block_m, R=r, C=c, J=tile.block_k // c, HAS_ZERO=not act_symmetric, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS.index(activation),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    operands = (a, scale, zero, values, kept.start, kept.column, weight_scale.contiguous())
+    rest = (scale if bias is None else bias.contiguous(), scale if residual is None else residual, out)
+    strides = (block_rows, padded * c, 0 if residual is None else residual.stride(0))
+    options = {
+        "R": r, "C": c, "J": tile.block_k // c, "HAS_ZERO": not act_symmetric, "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None, "ACTIVATION": ACTIVATIONS.index(activation),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    grid = (block_rows * (padded // tile.block_m),)
+    if tile.block_m == 1:
+        group_columns = max(group_size // c, 1)  # g >= K: every column is below that
+        block_sparse_narrow[grid](
+            *operands, scale, *rest, m, n, groups, group_columns, *strides, KIND=INT4.value, **options
+        )
+    else:
+        int4_block_sparse[grid](*operands, *rest, m, n, groups, *strides, BLOCK_M=tile.block_m, **options)
     return out

@@ -11,7 +11,9 @@ Maybe = torch.Tensor | None
 
 
 class Kernel(NamedTuple):
-    """Of one op: two functions of its arguments, one that runs it, and one that says why it cannot, or None."""
+    """Of one op: functions of its arguments, one that runs it, and one that says why it cannot, or None; `path` says
+    which way is taken, where `explain` should."""
 
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    path: Callable[..., str | None] | None = None

@@ -12,9 +12,11 @@ import triton
 
 from .linear_finish import ACTIVATIONS
 from .linear_narrow import linear_narrow
-from .linear_tiles import NARROW_TOKENS, NarrowTiles, WideTiles, narrow_tiles, wide_tiles
+from .linear_tiles import NARROW_TOKENS, int8_linear_tile
 from .linear_wide import linear_wide
 from .numbers import capability
+from .quantize_tokens import aligned_rows
+from .tiles import TileConfig
 
 
 def centred(q: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -31,7 +33,7 @@ def multiply(
     activation: str,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
-    tile: WideTiles | NarrowTiles | None = None,
+    tile: TileConfig | None = None,
 ) -> torch.Tensor:
     """`activation(q weightᵀ · scale · weight_scale + bias) + residual`; checked arguments.
 
@@ -55,7 +57,11 @@ def multiply(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     if tile is None:
-        tile = (narrow_tiles if m <= NARROW_TOKENS else wide_tiles)(capability(q), m, n, k)
+        tile = int8_linear_tile(capability(q), m, n, k)
+    narrow = m <= tile.block_m <= NARROW_TOKENS
+    if not narrow:
+        q, weight = aligned_rows(q), aligned_rows(weight)
+        k = min(q.shape[1], weight.shape[1])  # what q has beyond K meets zeros
     nowhere = weight_scale
     pointers = (
         q, scale, nowhere, weight, weight_scale, nowhere, nowhere if bias is None else bias.contiguous(),
@@ -67,7 +73,7 @@ def multiply(
         "HAS_ZERO": False, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
         "ACTIVATION": ACTIVATIONS.index(activation), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    if isinstance(tile, WideTiles):
+    if not narrow:
         grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
         linear_wide[grid](
             *pointers, m, n, k, q.stride(0), weight.stride(0), stride_residual, GROUP=tile.group, **constants,
@@ -75,14 +81,14 @@ def multiply(
         )  # fmt: skip
         return out
     tiles = triton.cdiv(n, tile.block_n)
-    part = triton.cdiv(triton.cdiv(k, tile.split_k), tile.block_k) * tile.block_k
+    part = triton.cdiv(triton.cdiv(k, tile.split), tile.block_k) * tile.block_k
     partial = done = out
-    if tile.split_k > 1:
+    if tile.split > 1:
         cells = tiles * tile.block_m * tile.block_n
         partial = torch.zeros(cells + tiles, dtype=torch.int32, device=q.device)
         done = partial[cells:]
-    linear_narrow[(tiles * tile.split_k,)](
+    linear_narrow[(tiles * tile.split,)](
         *pointers, partial, done, m, n, k, part, q.stride(0), 1, weight.stride(0), stride_residual,
-        SPLIT=tile.split_k, QUANTIZE=False, Q_MAX=127, STEP=0.0, LOWEST=0.0, **constants,
+        SPLIT=tile.split, QUANTIZE=False, Q_MAX=127, STEP=0.0, LOWEST=0.0, **constants,
     )  # fmt: skip
     return out

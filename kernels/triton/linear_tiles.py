@@ -1,60 +1,53 @@
-"""Tile sizes of the int8 linear layer, by number of tokens and GPU."""
+"""Tiles of the int8 linear layer, by number of tokens and GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+
+from .tiles import PROCESSORS, TileConfig, TileTable
 
 #: Up to here linear_narrow runs: one tile of tokens, the weight is read once.
 NARROW_TOKENS = 32
-#: Multiprocessors of an H100; a launch should have about one program for each.
-PROCESSORS = 132
 #: Fewer programs than this read the weight too slowly: K is split.
 FEW = 96
 
+_MIDDLE = TileConfig(64, 64, 128, 4, 4)
+#: 37 % of its loop's instructions multiply on 8.x; with 128 products a step 32 %.
+_LONG = TileConfig(64, 64, 256, 4, 3)
 
-@dataclass(frozen=True)
-class WideTiles:
-    """Tokens, channels and products of a tile; warps; tiles in flight; how many rows of tiles share a run over the
-    weight."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    group: int = 8
-    registers: int | None = None
-
-
-@dataclass(frozen=True)
-class NarrowTiles:
-    """As above; split_k: programs that share a tile's K."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    split_k: int
+# sm_90: measured on an H100, narrow at 1 and 16 tokens, 4096 and 11008 channels, the others at 128, 2048 and 8192
+# tokens, docs/design/010. 128 registers leave room for two programs on a multiprocessor: a float32 bias took 150 and,
+# with one program, 34 to 43 % more time. Others: not measured, by what the compiled loop issues.
+TILES = TileTable(
+    "int8_linear",
+    {
+        "wide": TileConfig(128, 128, 64, 8, 3),
+        "middle": _LONG,
+        "few columns": _LONG,
+        "narrow 16": TileConfig(16, 32, 256, 4, 6),
+        "narrow 32": TileConfig(32, 32, 256, 4, 6),
+        "narrow 16, many columns": TileConfig(16, 32, 256, 4, 4),
+        "narrow 32, many columns": TileConfig(32, 32, 256, 4, 4),
+    },
+    sm_90={
+        "wide": TileConfig(128, 128, 128, 8, 3, registers=128),
+        "middle": _MIDDLE,
+        "few columns": TileConfig(64, 32, 128, 4, 8),  # many small pieces in flight: the weight comes from memory
+    },
+    # 64 KiB of shared memory
+    gfx942={"middle": _MIDDLE, "few columns": _MIDDLE, "narrow 32": TileConfig(32, 32, 256, 4, 4)},
+)
 
 
-def wide_tiles(capability: int, m: int, n: int, k: int) -> WideTiles:
-    """Measured on an H100 at 128, 2048 and 8192 tokens, docs/design/010; other GPUs: not measured."""
-    hopper = 90 <= capability < 100
+def int8_linear_tile(capability: int, m: int, n: int, k: int) -> TileConfig:
+    """For M tokens on compute capability 80, 86, …. Up to `NARROW_TOKENS` the tile holds them all, and K is split where
+    tiles are few: by rule, slower where programs suffice."""
+    if m <= NARROW_TOKENS:
+        tiles, split = -(-n // 32), 1
+        while tiles * split < FEW and k >= 512 * split and split < 16:
+            split *= 2
+        many = ", many columns" if tiles > PROCESSORS else ""
+        return replace(TILES.tile(capability, f"narrow {16 if m <= 16 else 32}{many}"), split=split)
     if -(-m // 128) * -(-n // 128) >= PROCESSORS and m > 128:
-        # 128 registers leave room for two programs on a multiprocessor: a float32 bias took 150 and, with one program,
-        # 34 to 43 % more time. What spills for it does so once, after the loop.
-        return WideTiles(128, 128, 128, 8, 3, registers=128) if hopper else WideTiles(128, 128, 64, 8, 3)
-    if hopper and -(-n // 64) < PROCESSORS and m <= 128:
-        return WideTiles(64, 32, 128, 4, 8)  # many small pieces in flight: the weight comes from memory
-    return WideTiles(64, 64, 128, 4, 4)
-
-
-def narrow_tiles(capability: int, m: int, n: int, k: int) -> NarrowTiles:
-    """Measured on an H100 at 1 and 16 tokens, 4096 and 11008 channels; split K: by rule, slower where programs
-    suffice."""
-    tiles = -(-n // 32)
-    split_k = 1
-    while tiles * split_k < FEW and k >= 512 * split_k and split_k < 16:
-        split_k *= 2
-    return NarrowTiles(16 if m <= 16 else 32, 32, 256, 4, 6 if tiles <= PROCESSORS else 4, split_k)
+        return TILES.tile(capability, "wide")
+    return TILES.tile(capability, "few columns" if -(-n // 64) < PROCESSORS and m <= 128 else "middle")

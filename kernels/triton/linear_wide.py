@@ -8,7 +8,7 @@
    in the second-level cache                                          2 5 8 |
 
 1. acc = Σ over blocks of K of a · weightᵀ, exact in int32 (K <= 65536)
-2. linear_finish
+2. linear_finish, of the left half of the tile and then of the right one where it is wide
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import triton
 import triton.language as tl
 
 from .linear_finish import finish
+
+#: Channels of a tile from which on its two halves are finished one after the other: with 128 at once, gelu and the 128
+#: registers of 9.0, 19 instructions spilled.
+HALVED = tl.constexpr(128)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -49,6 +53,16 @@ def linear_wide(
         acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
     scale = tl.load(SCALE + rows, mask=rows < m, other=0.0)
     zero = tl.load(ZERO + rows, mask=rows < m, other=0)
+    if BLOCK_N >= HALVED:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), (0, 2, 1)))
+        columns = (within // height) * BLOCK_N + tl.arange(0, HALF)
+        finish(
+            left, rows, columns, m, n, scale, zero, WEIGHT_SCALE, WEIGHT_SUM, BIAS, RESIDUAL, OUT, stride_residual,
+            HAS_ZERO, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+        columns += HALF
+        acc = right
     finish(
         acc, rows, columns, m, n, scale, zero, WEIGHT_SCALE, WEIGHT_SUM, BIAS, RESIDUAL, OUT, stride_residual,
         HAS_ZERO, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,

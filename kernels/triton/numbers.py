@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import AMD
+
 #: A row's range is taken as at least this; the same as in `tcompress.ops.quantize_per_token`.
 MIN_RANGE = 2.0**-100
 #: 1.5 · 2^23: a float32 of this size has no fraction, so adding it rounds, half to even; and it is the bias that makes
@@ -27,10 +29,12 @@ def steps(bits: int, symmetric: bool) -> tuple[int, float, float]:
 
 
 def capability(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's GPU, 90 for 9.0; 80 in Triton's interpreter, and on AMD's, whose numbers (94
-    for gfx942) mean something else."""
-    if not x.is_cuda or torch.version.hip:
+    """Compute capability of the tensor's GPU, 90 for 9.0; 80 in Triton's interpreter; `tiles.AMD` on AMD's, whose own
+    numbers (94 for gfx942) mean something else."""
+    if not x.is_cuda:
         return 80
+    if torch.version.hip:
+        return AMD
     major, minor = torch.cuda.get_device_capability(x.device)
     return major * 10 + minor
 

@@ -10,7 +10,7 @@
  2. Largest magnitude (or lowest and highest), whether all is finite.
  3. scale, its reciprocal, integers; a row that is not finite has scale NaN and integers 0.
 
-Constraints (`unsupported`): asymmetric up to 7 bits, so that the integers fit int8.
+Constraints (`bindings`): asymmetric up to 7 bits, so that the integers fit int8.
 
 Kp: rows of whole 16-byte words load wide in the product after.
 """
@@ -106,9 +106,11 @@ def padded_width(k: int) -> int:
     return max(16, -(-k // 16) * 16)
 
 
-def unsupported(x: torch.Tensor, bits: int, symmetric: bool) -> str | None:
-    """Why this kernel cannot take the arguments of `quantize_per_token`, or None."""
-    return "asymmetric integers of 8 bits do not fit int8" if bits == 8 and not symmetric else None
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """int8 [N, K] with rows that start at multiples of 16 bytes: `x`, or a copy that ends in zeros. Where they do not,
+    kernels load byte by byte, and the wide ones spill hundreds of registers."""
+    aligned = x.stride(0) % 16 == 0 and x.storage_offset() % 16 == 0
+    return x if aligned else torch.nn.functional.pad(x, (0, padded_width(x.shape[1]) - x.shape[1]))
 
 
 def quantize_tokens(

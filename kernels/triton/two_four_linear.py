@@ -18,16 +18,18 @@ too, else in float32, without the matrix unit.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from . import autotune
 from .linear_finish import ACTIVATIONS, finish, finish_floats
-from .numbers import all_finite
+from .numbers import all_finite, capability
 from .quantize_tokens import quantize_tokens
 from .split_k import sum_of_splits, workspace
-from .tiles import PROCESSORS, TileConfig
+from .tiles import PROCESSORS, TileConfig, TileTable
 
 
 @triton.jit
@@ -121,21 +123,37 @@ def unsupported(pattern: str, values: torch.dtype) -> str | None:
     return None
 
 
-def two_four_tile(m: int, n: int, k: int, dtype: torch.dtype) -> TileConfig:
-    """By rule, not measured; chosen so that nothing spills. `dtype`: of the products."""
-    floats = dtype == torch.float32
+# By rule, not measured; chosen so that nothing spills.
+TILES = TileTable(
+    "two_four_linear",
+    {
+        "narrow 16": TileConfig(16, 32, 128, 4, 4),
+        "narrow 32": TileConfig(32, 32, 128, 4, 4),
+        "narrow 16, float32": TileConfig(16, 16, 32, 4, 4),
+        "narrow 32, float32": TileConfig(32, 16, 32, 4, 4),
+        "wide": TileConfig(128, 64, 64, 8, 3),
+        "wide, int8": TileConfig(128, 64, 128, 8, 3),
+        "wide, float32": TileConfig(32, 64, 32, 4, 2),
+        "middle": TileConfig(64, 64, 64, 4, 3),
+        "middle, int8": TileConfig(64, 64, 128, 4, 3),
+    },
+)
+
+
+def two_four_tile(capability: int, m: int, n: int, k: int, dtype: torch.dtype) -> TileConfig:
+    """`dtype`: of the products."""
+    floats = ", float32" if dtype == torch.float32 else ""
     if m <= 32:
-        block_m, block_n = 16 if m <= 16 else 32, 16 if floats else 32
-        split = 1
-        while -(-n // block_n) * split < PROCESSORS and k >= 1024 * split and split < 16:
+        tile, split = TILES.tile(capability, f"narrow {16 if m <= 16 else 32}{floats}"), 1
+        while -(-n // tile.block_n) * split < PROCESSORS and k >= 1024 * split and split < 16:
             split *= 2
-        return TileConfig(block_m, block_n, 32 if floats else 128, 4, 4, split, name=f"two_four_{block_m}")
+        return replace(tile, split=split)
     if floats:
-        return TileConfig(32, 64, 32, 4, 2, name="two_four_float32")
-    block_k = 128 if dtype == torch.int8 and k % 128 == 0 else 64  # the masks of a tail take registers
-    if -(-m // 128) * -(-n // 64) >= PROCESSORS and m > 128:
-        return TileConfig(128, 64, block_k, 8, 3, name="two_four_128")
-    return TileConfig(64, 64, block_k, 4, 3, name="two_four_64")
+        return TILES.tile(capability, "wide, float32")
+    wide = -(-m // 128) * -(-n // 64) >= PROCESSORS and m > 128
+    # the masks of a tail take registers: shorter steps
+    long = ", int8" if dtype == torch.int8 and k % 128 == 0 else ""
+    return TILES.tile(capability, ("wide" if wide else "middle") + long)
 
 
 def _candidates(stored: TileConfig) -> list[TileConfig]:
@@ -185,7 +203,7 @@ def two_four_linear(
     if tile is None:
         sizes = f"{autotune.tokens(m)}x{k}x{n} {x.dtype} {values.dtype} {act_bits} {act_symmetric} {activation}"
         arguments = (x, values, index, n, weight_scale, weight_sum, bias, act_bits, act_symmetric, activation)
-        stored = two_four_tile(m, n, k, dtype)
+        stored = two_four_tile(capability(x), m, n, k, dtype)
         tile = autotune.choose(
             "two_four_linear", sizes, stored, lambda: _candidates(stored),
             lambda tile: two_four_linear(*arguments, out_dtype, residual, tile), x,

@@ -14,7 +14,7 @@ from rich import get_console
 from rich.progress import track
 from torch import nn
 
-from tcompress import calibrate
+from tcompress import calibrate, distances
 from tcompress.advisor.advice import Advice, Measured, misses, misses_in_quality, ranked
 from tcompress.advisor.candidates import Candidate, candidates, checked, with_sensitive_layers_in_8_bits
 from tcompress.advisor.profile import Profile, kernel_seconds, profile
@@ -156,7 +156,7 @@ def _cosine_to(model: nn.Module, samples: list[Any]) -> Metric:
                 got = calibrate.first_tensor(calibrate.run(other, sample))
                 if before is None or got is None or got.shape != before.shape:
                     return math.nan
-                found.append(calibrate.cosine(got, before))
+                found.append(distances.cosine(got, before))
         return sum(found) / len(found)
 
     return metric

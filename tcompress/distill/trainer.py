@@ -46,10 +46,12 @@ def accelerator(device: torch.device, mixed_precision: str = "no") -> Any:
         ImportError: accelerate is not installed.
     """
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError(f"distill: accelerate: got {error}, expected it; pip install tcompress[train]") from error
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
+    # A loss need not reach all of a model: that on blocks leaves the head without gradients.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[unused])
 
 
 def train(

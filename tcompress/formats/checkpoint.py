@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tcompress.errors import message
+from tcompress.fast_path import disable_torch_fast_path
 from tcompress.formats.module_spec import DESCRIBED, DTYPES, DtypeName, Spec, build, describe, mismatch
 from tcompress.formats.skeleton import hugging_face_info, new_model
 from tcompress.fuse import fuse
@@ -28,7 +29,6 @@ from tcompress.integrations.attention_modules import CHILD, attach, interface_mo
 from tcompress.match import COMPRESSED
 from tcompress.nn import Int8Attention, Int8MultiheadAttention, LowRankLinear, QuantizedLinear, SparseLinear
 from tcompress.nn.packed_module import PackedModule, share_kernel_layout
-from tcompress.replace import disable_torch_fast_path
 from tcompress.structure import ModuleStructure, carry, describe_structure, is_marked, restore
 
 METADATA = "tcompress.json"

@@ -80,7 +80,7 @@ class CodebookLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[N, K] in floating point."""
-        looked_up: torch.Tensor | None = self.looked_up  # type: ignore[assignment]
+        looked_up: torch.Tensor | None = self.looked_up
         return self.packed.dequantize(self.dtype) if looked_up is None else looked_up
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[N, K], the product of the factors, computed at each access."""
-        return self.expand.weight @ self.reduce.weight  # type: ignore[operator,return-value]
+        return self.expand.weight @ self.reduce.weight  # type: ignore[operator]
 
     @property
     def bias(self) -> torch.Tensor | None:

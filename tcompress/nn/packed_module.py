@@ -17,11 +17,11 @@ _SAVED = {"qdata": "weight_packed", "scale": "weight_scale", "zero_point": "weig
 
 
 class PackedModule(nn.Module):
-    """Base of modules that hold a `PackedWeight` or, in its place, the layout that a CPU kernel reads.
+    """Base of modules that hold a `PackedWeight` or, in its place, the layout that a compiled kernel reads.
 
     The state dict holds `weight_packed`, `weight_scale` and, where there are zero points, `weight_zero_point`,
-    whichever of the two is in memory. Another device gets the storage layout; on its return the kernel layout is
-    derived again.
+    whichever of the two is in memory. What goes to another device is the storage layout, and the kernel layout of that
+    device, if its kernel has one, is derived there.
 
     Buffers: qdata, scale, zero_point (of the storage layout) or kernel_weight (with scale, in layout "dense").
     """
@@ -44,7 +44,7 @@ class PackedModule(nn.Module):
     def _hold(self, packed: PackedWeight, kernel: KernelWeight | None = None) -> None:
         """Takes a weight: in the kernel layout if there is one, else in the storage layout."""
         if kernel is None and self._wants_kernel_layout:
-            kernel = kernel_weight(packed)
+            kernel = kernel_weight(packed, self.scheme.activations is None)
         if kernel is None:
             self.qdata, self.scale, self.zero_point = packed.qdata, packed.scale, packed.zero_point
             self.kernel_weight = self._kernel = None
@@ -108,7 +108,7 @@ class PackedModule(nn.Module):
         super()._apply(fn, recurse)
         if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)  # .half() and .bfloat16() must not round the scales
-        if new_device != device and new_device.type == "cpu":
+        if new_device != device:
             self._hold(self.packed)
         return self
 

@@ -8,7 +8,7 @@ from tcompress import backend
 from tcompress.errors import message
 from tcompress.ops import quantize_per_token as per_token
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.int4_prepack import check_weight, kernel_bytes
+from tcompress.ops.int4_prepack import check_kernel_weight, check_weight, why_not_the_cpu_layout
 from tcompress.ops.int4_unpack import reference as unpack
 from tcompress.ops.int8_linear import check_activation, check_bias, check_residual, finish
 from tcompress.packing.int4 import unpack_int4
@@ -49,7 +49,8 @@ def int4_linear(
             points in it, only the shapes and types of these two count.
         zero_point: [N, ceil(K/g)] uint8, 0 to 15; None: 8 everywhere.
         bias: [N], any float type, or None.
-        kernel_weight: the result of `int4_prepack`; without it a CPU kernel rearranges the weight each time.
+        kernel_weight: the result of `int4_prepack`; without it the kernels of the CPU and of CUDA C++ rearrange the
+            weight each time.
         group_size: g: 32, 64, 128, 256, 512, or K and more for one scale a channel.
         act_bits: bits of the activations: 2 to 8 symmetric, 2 to 7 asymmetric, or None.
         act_symmetric: signed without zero point, or unsigned with one.
@@ -117,11 +118,8 @@ def check(
     check_weight(op, weight, weight_scale, zero_point, x.shape[-1], group_size)
     n = weight_scale.shape[0]
     if weight is None and kernel_weight is not None:
-        size = kernel_bytes(n, x.shape[-1], group_size, weight_scale.element_size(), zero_point is not None)
-        if kernel_weight.shape != (size,):
-            raise ValueError(
-                message(op, "x, kernel_weight", f"{list(x.shape)}, {list(kernel_weight.shape)}", f"[..., K], [{size}]")
-            )
+        sizes = (n, x.shape[-1], group_size, weight_scale.element_size(), zero_point is not None)
+        check_kernel_weight(op, kernel_weight, *sizes)
     check_bias(op, bias, n)
     if act_bits is not None:
         per_token.check_bits(act_bits, 8 if act_symmetric else 7, op, "act_bits")
@@ -226,4 +224,19 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("int4_linear", "cpu", unsupported=cpu_unsupported)
+
+
+def _cpu_unsupported(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    kernel_weight: torch.Tensor | None = None,
+    *options: object,
+    **more: object,
+) -> str | None:
+    return cpu_unsupported(x) or why_not_the_cpu_layout(kernel_weight)
+
+
+backend.register_kernel("int4_linear", "cpu", unsupported=_cpu_unsupported)

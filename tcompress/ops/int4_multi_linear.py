@@ -11,6 +11,7 @@ from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int4_linear import check
 from tcompress.ops.int4_linear import nbytes as nbytes_of_one
 from tcompress.ops.int4_linear import reference as one
+from tcompress.ops.int4_prepack import why_not_the_cpu_layout
 from tcompress.ops.int8_multi_linear import Maybe, check_lists
 
 
@@ -148,4 +149,20 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("int4_multi_linear", "cpu", unsupported=cpu_unsupported)
+
+
+def _cpu_unsupported(
+    x: torch.Tensor,
+    weights: Sequence[Maybe] = (),
+    weight_scales: Sequence[torch.Tensor] = (),
+    zero_points: Sequence[Maybe] = (),
+    biases: Sequence[Maybe] = (),
+    kernel_weights: Sequence[Maybe] = (),
+    *options: object,
+    **more: object,
+) -> str | None:
+    reasons = [cpu_unsupported(x), *map(why_not_the_cpu_layout, kernel_weights)]
+    return next((reason for reason in reasons if reason), None)
+
+
+backend.register_kernel("int4_multi_linear", "cpu", unsupported=_cpu_unsupported)

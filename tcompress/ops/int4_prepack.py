@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tcompress import backend
 from tcompress.errors import message
+from tcompress.ops import int4_cuda_layout
 from tcompress.ops._registry import Op, cpu_unsupported, define
 from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL, QUAD
 from tcompress.packing.int4 import pack_int4, unpack_int4
@@ -21,10 +22,11 @@ SCALE_DTYPES = (torch.float16, torch.float32)
 def int4_prepack(
     weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, k: int, group_size: int
 ) -> torch.Tensor:
-    """Rearranges an int4 weight into the layout that the CPU kernels read, drawn in `csrc/cpu/int4_linear.h`.
+    """Rearranges an int4 weight into the layout that the compiled kernels of its device read.
 
-    Weights become `[N/48][K/8][3][16][4]` bytes, scales and zero points `[N/48][K/g][3][16]`, zero padded, one after
-    the other. Derived from the storage layout whenever needed, and never saved.
+    CPU, drawn in `csrc/cpu/int4_linear.h`: weights become `[N/48][K/8][3][16][4]` bytes, scales and zero points
+    `[N/48][K/g][3][16]`, zero padded, one after the other. CUDA: `int4_cuda_layout`. Derived from the storage layout
+    whenever needed, and never saved.
 
     Args:
         weight: [N, ceil(K/2)] uint8, from `packing.pack_int4`.
@@ -34,7 +36,7 @@ def int4_prepack(
         group_size: g: 32, 64, 128, 256, 512, or K and more for one scale a channel.
 
     Returns:
-        One-dimensional int8 tensor.
+        One-dimensional tensor: int8 on the CPU, int32 on CUDA.
 
     Raises:
         TypeError: a wrong dtype. ValueError: shapes that do not fit, a group size that no kernel has.
@@ -83,6 +85,8 @@ def _panels(x: torch.Tensor) -> torch.Tensor:
 def reference(
     weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, k: int, group_size: int
 ) -> torch.Tensor:
+    if weight.is_cuda:
+        return int4_cuda_layout.pack(weight, weight_scale, zero_point, k, group_size)
     q = F.pad(unpack_int4(weight, k), (0, -k % PAD_K))
     pairs = q.unflatten(1, (-1, 2, QUAD))
     parts = [_panels(pairs[:, :, 0] | (pairs[:, :, 1] << 4)).view(torch.int8)]
@@ -94,14 +98,37 @@ def reference(
 
 
 def kernel_bytes(n: int, k: int, group_size: int, scale_bytes: int, has_zero_points: bool) -> int:
-    """Bytes of the kernel layout."""
+    """Bytes of the kernel layout of the CPU."""
     groups = -(-k // group_size)
     return (n + -n % PANEL) * ((k + -k % PAD_K) // 2 + groups * (scale_bytes + has_zero_points))
+
+
+def check_kernel_weight(
+    op: str, kernel_weight: torch.Tensor, n: int, k: int, group_size: int, scale_bytes: int, has_zero_points: bool
+) -> None:
+    """Raises unless `kernel_weight` is what `int4_prepack` gives for a weight of these sizes, on whichever device."""
+    if kernel_weight.dtype not in (torch.int8, int4_cuda_layout.DTYPE):
+        raise TypeError(message(op, "kernel_weight", kernel_weight.dtype, "int8, or int32 for the CUDA kernels"))
+    size = kernel_bytes(n, k, group_size, scale_bytes, has_zero_points)
+    if kernel_weight.dtype == int4_cuda_layout.DTYPE:
+        size = int4_cuda_layout.kernel_words(n, k, group_size)
+    if min(n, k) < 0 or kernel_weight.shape != (size,):
+        raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), f"[{size}] for N={n}, K={k}"))
+
+
+def why_not_the_cpu_layout(kernel_weight: torch.Tensor | None) -> str | None:
+    """Why the CPU kernels cannot read it, or None."""
+    if kernel_weight is not None and kernel_weight.dtype != torch.int8:
+        return "the weight is in the layout of the CUDA kernels: module.to('cpu') derives that of the CPU"
+    return None
 
 
 def fake(
     weight: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None, k: int, group_size: int
 ) -> torch.Tensor:
+    if weight.is_cuda:
+        words = int4_cuda_layout.kernel_words(weight.shape[0], k, group_size)
+        return weight.new_empty(words, dtype=int4_cuda_layout.DTYPE)
     size = kernel_bytes(weight.shape[0], k, group_size, weight_scale.element_size(), zero_point is not None)
     return weight.new_empty(size, dtype=torch.int8)
 

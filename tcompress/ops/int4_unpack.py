@@ -6,8 +6,17 @@ import torch
 
 from tcompress import backend
 from tcompress.errors import message
+from tcompress.ops import int4_cuda_layout
 from tcompress.ops._registry import Op, cpu_unsupported, define
-from tcompress.ops.int4_prepack import GROUP_SIZES, PAD_K, PAIR, QUAD, SCALE_DTYPES, kernel_bytes
+from tcompress.ops.int4_prepack import (
+    GROUP_SIZES,
+    PAD_K,
+    PAIR,
+    QUAD,
+    SCALE_DTYPES,
+    check_kernel_weight,
+    why_not_the_cpu_layout,
+)
 from tcompress.ops.int8_prepack import GROUP_PANELS, PANEL
 from tcompress.packing.int4 import join_nibbles
 
@@ -32,15 +41,11 @@ def int4_unpack(
         TypeError: a wrong dtype. ValueError: a size that these arguments do not give.
     """
     op = "int4_unpack"
-    if kernel_weight.dtype != torch.int8:
-        raise TypeError(message(op, "kernel_weight", kernel_weight.dtype, "int8"))
     if scale_dtype not in SCALE_DTYPES:
         raise TypeError(message(op, "scale_dtype", scale_dtype, "float16 or float32"))
     if group_size not in GROUP_SIZES and group_size < max(k, 1):
         raise ValueError(message(op, "group_size", group_size, f"one of {GROUP_SIZES}, or at least K = {k}"))
-    size = kernel_bytes(n, k, group_size, scale_dtype.itemsize, has_zero_points)
-    if min(n, k) < 0 or kernel_weight.shape != (size,):
-        raise ValueError(message(op, "kernel_weight", list(kernel_weight.shape), f"[{size}] for N={n}, K={k}"))
+    check_kernel_weight(op, kernel_weight, n, k, group_size, scale_dtype.itemsize, has_zero_points)
     return backend.call(op, kernel_weight, n, k, group_size, scale_dtype, has_zero_points)
 
 
@@ -58,6 +63,8 @@ def _rows(memory: torch.Tensor, n: int, count: int, inner: int) -> torch.Tensor:
 def reference(
     kernel_weight: torch.Tensor, n: int, k: int, group_size: int, scale_dtype: torch.dtype, has_zero_points: bool
 ) -> Parts:
+    if kernel_weight.dtype == int4_cuda_layout.DTYPE:
+        return int4_cuda_layout.unpack(kernel_weight, n, k, group_size, scale_dtype, has_zero_points)
     n_padded, groups = n + -n % PANEL, -(-k // group_size)
     memory = kernel_weight.view(torch.uint8)
     scales = n_padded * (k + -k % PAD_K) // 2
@@ -104,4 +111,10 @@ define(
         nbytes=nbytes,
     )
 )
-backend.register_kernel("int4_unpack", "cpu", unsupported=cpu_unsupported)
+
+
+def _cpu_unsupported(kernel_weight: torch.Tensor, *args: object, **more: object) -> str | None:
+    return cpu_unsupported(kernel_weight) or why_not_the_cpu_layout(kernel_weight)
+
+
+backend.register_kernel("int4_unpack", "cpu", unsupported=_cpu_unsupported)

@@ -26,7 +26,7 @@ class Consumer:
 
     Attributes:
         name, module: it.
-        channels: int64 [K], of each of its inputs the source's channel; -1 where it was zero throughout. Several inputs
+        channels: int64 [K], of each of its inputs the source's channel; -1 where that keeps its scale. Several inputs
             are one channel where heads are repeated (grouped-query attention).
     """
 
@@ -55,6 +55,15 @@ class Pair:
     kind: Literal["weight", "one_plus", "linear"]
     size: int
     consumers: tuple[Consumer, ...]
+
+    @property
+    def used(self) -> torch.Tensor:
+        """bool [N]: channels that a reader is known to get. The others keep their scale: they were zero throughout, or
+        also go elsewhere, as queries and keys beside values do where one layer gives all three."""
+        used = torch.zeros(self.size, dtype=torch.bool, device=self.consumers[0].channels.device)
+        for consumer in self.consumers:
+            used[consumer.channels[consumer.channels >= 0]] = True
+        return used
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def find_pairs(model: nn.Module, sample: Any) -> tuple[list[Pair], list[NoPair]]
         reasons: dict[nn.Module, str] = {}
         taken: dict[nn.Module, str] = {}
         for module, source in sources.items():
-            reason = source.reason or _why_not(source, kinds[module], trace, users, names, taken)
+            reason = _why_not(source, kinds[module], trace, users, names, taken)
             if reason:
                 reasons[module] = reason
                 continue
@@ -133,11 +142,13 @@ def _why_not(
     names: dict[nn.Module, str],
     taken: dict[nn.Module, str],
 ) -> str:
-    """Why a source that was followed without an obstacle makes no pair all the same, or ""."""
+    """Why a source makes no pair, or ""."""
+    if source.is_over:
+        return source.reason
     if kind is None:
         return "its weight does not scale its output, or it never ran"
     if not source.readers:
-        return "no linear layer reads its output"
+        return source.reason or "no linear layer reads its output"
     for reader in source.readers:
         if source.calls[reader] != trace.calls[reader]:
             return f"{names[reader]} also reads something else"
@@ -194,6 +205,7 @@ def scaled(pairs: Iterable[Pair]) -> Iterator[None]:
     with ExitStack() as stack:
         for pair in pairs:
             exponents = torch.randint(-2, 3, (pair.size,), generator=generator).float()
+            exponents[~pair.used.cpu()] = 0
 
             def divide(module: nn.Module, args: Any, output: torch.Tensor, e: torch.Tensor = exponents) -> torch.Tensor:
                 return output * torch.exp2(-e).to(output)

@@ -33,11 +33,7 @@ def fold(pair: Pair, scales: torch.Tensor) -> None:
 
     Computed in float32 at least and rounded to the weights' type. A channel without a known reader keeps its scale.
     """
-    used = torch.zeros(pair.size, dtype=torch.bool, device=scales.device)
-    for consumer in pair.consumers:
-        channels = consumer.channels.to(scales.device)
-        used[channels[channels >= 0]] = True
-    scales = scales.masked_fill(~used, 1)
+    scales = scales.masked_fill(~pair.used.to(scales.device), 1)
     for name, parameter in pair.source._parameters.items():
         if parameter is None:
             continue

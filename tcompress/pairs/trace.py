@@ -1,22 +1,17 @@
 """Follows the scale of each output channel of a module through a running model, to the linear layers that read it.
 
 Nothing is known of architectures. While the model runs once, every operation on what a source gave is done again on
-*twins* of it: random numbers in its place, and the same with each channel multiplied by a power of two of its own::
-
-    source y [..., N]      base twin     b, random, of both signs
-                           double        2 b
-                           digits        b · 2^e,  e = a digit of the channel's number, one twin a digit
-
-Powers of two make multiplication exact, so an operation commutes with the scales if and only if each element of a digit
-twin's result is the base twin's times a power of two, bit for bit, and that of the double exactly twice. Slices, views,
-transpositions, the product with probabilities or with a gate, ReLU and repeated heads do; sums over channels, sums with
-anything that is not scaled too, softmax, GELU and norms do not, and end the search with a reason. What arrives at a
-linear layer tells by its exponents which of the source's channels each of its inputs is.
+*twins* of it (`pairs.twins`): random numbers in its place, and the same with each channel multiplied by a power of two
+of its own. Powers of two make multiplication exact, so an operation commutes with the scales if and only if each
+element of a digit twin's result is the base twin's times a power of two, bit for bit, and that of the double exactly
+twice. Slices, views, transpositions, the product with probabilities or with a gate, ReLU and repeated heads do; sums
+over channels, sums with anything that is not scaled too, softmax, GELU and norms do not: the channels in that operand
+are lost, with a reason. What arrives at a linear layer tells by its exponents which of the source's channels each of
+its inputs is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,11 +26,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tcompress.blocks import tensors_in
 from tcompress.calibrate import run
 from tcompress.pairs.owners import Owners
+from tcompress.pairs.twins import all_equal, channels_of, contained, scaled, start
 
-#: Bits of a channel's number that one twin carries. Float16 has few exponents to spare.
-_BITS, _HALF_BITS = 4, 2
 #: Operations that add. A summand without a scale would pass where it happens to be zero on this sample.
 _SUMS = frozenset(("add", "add_", "sub", "sub_", "rsub", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "lerp", "lerp_"))
+#: Twins of a tensor; of a source whose output was not used yet, none.
+Twins = list[torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -47,13 +43,37 @@ class Source:
         readers: of each linear layer that reads its output, for each input [K] the source's channel, -1 where it was
             zero throughout.
         calls: of each reader, how many had their input from here.
-        reason: why scales cannot be moved, or "".
+        lost: bool [N], channels that also go where no scale can follow; None before the first call.
+        reason: why the last of these were lost, or "".
     """
 
     module: nn.Module
     readers: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
+    lost: torch.Tensor | None = None
     reason: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no channel is left to follow."""
+        return self.lost is not None and bool(self.lost.all())
+
+    def lose(self, reason: str, channels: torch.Tensor | None = None) -> None:
+        """Gives up some channels, or all."""
+        if not self.is_over:
+            self.reason = reason
+        size = 1 if self.lost is None else len(self.lost)
+        channels = torch.ones(size, dtype=torch.bool) if channels is None else channels
+        self.lost = channels if self.lost is None else self.lost | channels
+
+    def finish(self) -> None:
+        """Takes channels that were lost on any way out of what readers get."""
+        for reader, channels in list(self.readers.items()):
+            if self.lost is not None:
+                lost = self.lost.to(channels.device)[channels.clamp_min(0)]
+                self.readers[reader] = channels.masked_fill(lost, -1)
+            if bool((self.readers[reader] < 0).all()):
+                del self.readers[reader]
 
 
 class ScaleTrace(TorchDispatchMode):
@@ -89,9 +109,12 @@ class ScaleTrace(TorchDispatchMode):
             with self:
                 output = run(model, sample)
         for tensor in tensors_in(output):
-            for source in self._twins.get(tensor, {}):
-                source.reason = source.reason or "its output is part of the model's"
+            for source, twins in self._twins.get(tensor, {}).items():
+                held = contained(twins, _size(source)) if twins else None
+                source.lose("its output is part of the model's", held)
         self._twins = WeakTensorKeyDictionary()
+        for source in self.sources.values():
+            source.finish()
         return output
 
     def __torch_dispatch__(
@@ -102,38 +125,48 @@ class ScaleTrace(TorchDispatchMode):
             return func(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         self._owners.see(leaves)
-        known = [self._twins.get(leaf, {}) if isinstance(leaf, torch.Tensor) else {} for leaf in leaves]
-        results: dict[Source, list[Any]] = {}
+        known = [self._twins_of(leaf) for leaf in leaves]
+        results: dict[Source, list[Twins | None]] = {}
         for source in {source: None for twins in known for source in twins}:
-            if source.reason:
+            if source.is_over:
                 continue
-            source.reason = _obstacle(func, args, kwargs, leaves, [source in twins for twins in known])
-            if source.reason:
-                continue
-            count = next(len(twins[source]) for twins in known if source in twins)
-            done = []
-            for i in range(count):
-                own = [t[source][i] if source in t else leaf for leaf, t in zip(leaves, known, strict=True)]
-                twin_args, twin_kwargs = tree_unflatten(own, spec)
-                done.append(func(*twin_args, **twin_kwargs))
-            results[source] = done
+            own = {i: twins[source] for i, twins in enumerate(known) if source in twins}
+            obstacle = _obstacle(func, args, kwargs, [leaf for i, leaf in enumerate(leaves) if i not in own])
+            if obstacle:
+                for twins in own.values():
+                    source.lose(obstacle, contained(twins, _size(source)))
+            else:
+                results[source] = self._followed(source, func, leaves, spec, own)
         output = func(*args, **kwargs)
-        for source, done in results.items():
-            self._keep(source, func, output, done)
+        flat = tree_flatten(output)[0]
+        for source, found in results.items():
+            for tensor, new in zip(flat, found, strict=True) if found else ():
+                if new is not None:
+                    self._twins.setdefault(tensor, {})[source] = new
         return output
 
-    def _keep(self, source: Source, func: Any, output: Any, done: list[Any]) -> None:
-        """Remembers the twins of an operation's results, or why they are none."""
-        flat = [tree_flatten(twin)[0] for twin in done]
-        for i, result in enumerate(tree_flatten(output)[0]):
-            twins = [twin[i] for twin in flat]
-            is_float = isinstance(result, torch.Tensor) and result.is_floating_point()
-            if _all_equal(twins) and not (is_float and not twins[0].any()):
-                continue  # it does not depend on scales: the log-sum-exp beside an attention's output, a sign
-            if not is_float or not _scaled(twins):
-                source.reason = f"its output goes through {_name(func)}, which does not commute with scales"
-                return
-            self._twins.setdefault(result, {})[source] = twins
+    def _followed(
+        self, source: Source, func: Any, leaves: list[Any], spec: Any, own: dict[int, Twins]
+    ) -> list[Twins | None]:
+        """The twins of an operation's results, None for those without scales; what does not commute is lost.
+
+        Where several operands are of one source, and of different channels, such as queries, keys and values that one
+        layer gave, each is tried alone and those that commute are kept.
+        """
+        results = _redone(func, leaves, spec, own)
+        if results is not None:
+            return results
+        reason = f"its output goes through {_name(func)}, which does not commute with scales"
+        held = {i: contained(twins, _size(source)) for i, twins in own.items()}
+        disjoint = sum(channels.int() for channels in held.values()).max() <= 1  # type: ignore[union-attr]
+        good: dict[int, Twins] = {}
+        if len(own) > 1 and disjoint and not func._schema.is_mutable:
+            good = {i: twins for i, twins in own.items() if _redone(func, leaves, spec, {i: twins}) is not None}
+            results = _redone(func, leaves, spec, good) if good else None
+        for i, channels in held.items():
+            if results is None or i not in good:
+                source.lose(reason, channels)
+        return results or []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._owners.running.append(module)
@@ -146,8 +179,8 @@ class ScaleTrace(TorchDispatchMode):
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         self._inside += 1
-        for source, twins in self._twins.get(x, {}).items() if isinstance(x, torch.Tensor) else ():
-            if not source.reason:
+        for source, twins in self._twins_of(x).items():
+            if not source.is_over:
                 self._arrived(source, module, twins)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -155,97 +188,68 @@ class ScaleTrace(TorchDispatchMode):
         if module in self.linears:
             self._inside -= 1
         source = self.sources.get(module)
-        if source is None or source.reason:
+        if source is None or source.is_over:
             return
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or output.dim() == 0:
-            source.reason = "it does not return one float tensor"
+            source.lose("it does not return one float tensor")
             return
-        self._inside += 1
-        self._twins[output] = {source: _start(output)}
-        self._inside -= 1
+        if source.lost is None:
+            source.lost = torch.zeros(output.shape[-1], dtype=torch.bool)
+        self._twins[output] = {source: []}  # made when they are needed: logits, which are large, mostly are not
 
-    def _arrived(self, source: Source, reader: nn.Module, twins: list[torch.Tensor]) -> None:
+    def _twins_of(self, value: Any) -> dict[Source, Twins]:
+        """The twins of a tensor, by source."""
+        twins: dict[Source, Twins] = self._twins.get(value, {}) if isinstance(value, torch.Tensor) else {}
+        for source, made in twins.items():
+            if not made and not source.is_over:
+                self._inside += 1
+                made += start(value)
+                self._inside -= 1
+        return twins
+
+    def _arrived(self, source: Source, reader: nn.Module, twins: Twins) -> None:
         """Reads from the twins at a linear layer's input which channel each of its inputs is."""
-        channels = _channels(twins)
+        channels = channels_of(twins)
         before = source.readers.get(reader)
         if channels is not None and before is not None:
             both = (channels >= 0) & (before >= 0)
             differ = before.shape != channels.shape or bool((channels != before)[both].any())
             channels = None if differ else torch.maximum(channels, before)
         if channels is None:
-            source.reason = f"its channels are mixed at {self.linears[reader]}"
+            source.lose(f"its channels are mixed at {self.linears[reader]}", contained(twins, _size(source)))
             return
         source.readers[reader] = channels
         source.calls[reader] = source.calls.get(reader, 0) + 1
 
 
-def _start(output: torch.Tensor) -> list[torch.Tensor]:
-    """The twins of a source's output [..., N]: base, double, and one a digit of the channel's number."""
-    generator = torch.Generator().manual_seed(0)
-    size = torch.rand(output.shape, generator=generator) + 0.5
-    sign = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1
-    base = (size * sign).to(output.device, output.dtype)
-    bits = _bits(output)
-    n = output.shape[-1]
-    numbers = torch.arange(n, device=output.device)
-    digits = max(1, math.ceil(math.log2(max(n, 2)) / bits))
-    twins = [base, base * 2]
-    for i in range(digits):
-        exponents = (numbers >> (i * bits)) % 2**bits - 2 ** (bits - 1)
-        twins.append(base * torch.exp2(exponents.float()).to(output.dtype))
-    return twins
+def _size(source: Source) -> int:
+    assert source.lost is not None
+    return len(source.lost)
 
 
-def _bits(tensor: torch.Tensor) -> int:
-    return _HALF_BITS if tensor.dtype == torch.float16 else _BITS
-
-
-def _all_equal(values: list[Any]) -> bool:
-    """Whether an operation's result is the same for all twins."""
-    first = values[0]
-    if isinstance(first, torch.Tensor):
-        return all(torch.equal(first, other) for other in values[1:])
-    return all(first == other for other in values[1:])
-
-
-def _scaled(twins: list[torch.Tensor]) -> bool:
-    """Whether the double is twice the base, and each digit twin the base times powers of two."""
-    base, least = twins[0].float(), _least(twins[0])
-    exact = ~(base.abs() < least)  # NaN is compared, and differs
-    if not torch.equal((twins[1].float())[exact], base[exact] * 2):
-        return False
-    mantissa = torch.frexp(base[exact]).mantissa
-    for twin in (twin.float() for twin in twins[2:]):
-        if not torch.equal(torch.frexp(twin[exact]).mantissa, mantissa) or (twin[~exact].abs() > least**0.5).any():
-            return False
-    return True
-
-
-def _least(tensor: torch.Tensor) -> float:
-    """Below this a twin may have lost digits: float16 has few exponents."""
-    return float(torch.finfo(tensor.dtype).tiny * 2 ** _bits(tensor))
-
-
-def _channels(twins: list[torch.Tensor]) -> torch.Tensor | None:
-    """Which channel of the source each input [K] is, -1 where it is zero throughout; None if that differs by token."""
-    base, bits = twins[0], _bits(twins[0])
-    rows = base.reshape(-1, base.shape[-1])
-    exponent, seen = torch.frexp(rows.float()).exponent, rows.float().abs() >= _least(base)
-    first = seen.int().argmax(0, keepdim=True)
-    channels = torch.zeros(rows.shape[1], dtype=torch.long, device=rows.device)
-    for i, twin in enumerate(twins[2:]):
-        digits = torch.frexp(twin.reshape(rows.shape).float()).exponent - exponent + 2 ** (bits - 1)
-        digit = digits.gather(0, first)
-        if bool(((digits != digit) & seen).any()) or bool(((digit < 0) | (digit >= 2**bits)).any()):
+def _redone(func: Any, leaves: list[Any], spec: Any, own: dict[int, Twins]) -> list[Twins | None] | None:
+    """An operation's results with twins as these operands, result by result; None for those that do not depend on the
+    scales, and in all if one does not commute with them."""
+    done = []
+    for i in range(len(next(iter(own.values())))):
+        args, kwargs = tree_unflatten([own[j][i] if j in own else leaf for j, leaf in enumerate(leaves)], spec)
+        done.append(tree_flatten(func(*args, **kwargs))[0])
+    results: list[Twins | None] = []
+    for twins in map(list, zip(*done, strict=True)):
+        is_float = isinstance(twins[0], torch.Tensor) and twins[0].is_floating_point()
+        if all_equal(twins) and not (is_float and not twins[0].any()):
+            results.append(None)  # the log-sum-exp beside an attention's output, a sign
+        elif is_float and scaled(twins):
+            results.append(twins)
+        else:
             return None
-        channels += digit[0].long() << (i * bits)
-    return channels.masked_fill(~seen.any(0), -1)
+    return results
 
 
-def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], own: list[bool]) -> str:
-    """Why an operation cannot be done on twins, or "". `own` tells which leaves have twins."""
+def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> str:
+    """Why an operation cannot be done on twins, or "". `leaves` are the operands that have none."""
     name = _name(func)
-    others = [x for x, is_own in zip(leaves, own, strict=True) if isinstance(x, torch.Tensor) and not is_own]
+    others = [x for x in leaves if isinstance(x, torch.Tensor)]
     if name in _SUMS and others:
         return f"its output is added to another tensor ({name})"
     if func._schema.is_mutable:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from tcompress import calibrate
 from tcompress.block_walk import Stage, collect, walk, weight_key
-from tcompress.channels import Group, find_groups, is_plain_linear
+from tcompress.channels import Found, Group, find_groups, is_plain_linear, moved
 from tcompress.errors import message
 from tcompress.match import Skip, any_matches, ignored, module_names, output_embeddings
 from tcompress.prune.config import fit_sizes
@@ -38,17 +39,9 @@ def run(work: Work, step: Shrink) -> None:
         work.notes.append(f"shrink: {step.structure}: nothing was removed")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What stays of a group: bool [units]."""
-
-    group: Group
-    kept: torch.Tensor
-
-
 def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
     names = {module: paths[0] for module, paths in module_names(work.model, {}).items()}
-    groups = _targeted(work, step, samples[:1], names)
+    groups = _targeted(work, step, [_small(work.model, samples[0])], names)
     if not groups:
         return False
     scores = _scores(work, step, groups, samples) if step.importance != "activation" or step.scope == "model" else None
@@ -73,9 +66,26 @@ def _narrow(work: Work, step: Shrink, samples: list[object]) -> bool:
                 else:
                     work.layers.append(_left(group, names, "it has no calibration inputs"))
                     continue
-                sizes += _apply(work, step, _Chosen(group, kept), hessian, stage, names)
+                sizes += _apply(work, step, group, kept, hessian, stage, names)
     fit_sizes(work.model, sizes)
     return bool(sizes)
+
+
+def _small(model: nn.Module, sample: Any) -> Any:
+    """The first two of a batch, where the model takes them: what depends on what shows in few tokens."""
+    cut: Any = None
+    if isinstance(sample, torch.Tensor):
+        cut = sample[:2]
+    elif isinstance(sample, Mapping) and all(isinstance(t, torch.Tensor) and t.dim() > 1 for t in sample.values()):
+        cut = {key: t[:2] for key, t in sample.items()}
+    if cut is None:
+        return sample
+    try:
+        with calibrate.evaluating(model):
+            calibrate.run(model, cut)
+    except (RuntimeError, ValueError, IndexError):
+        return sample  # the first dimension is not that of the batch
+    return cut
 
 
 def _by_layer(step: Shrink) -> Shrink:
@@ -93,15 +103,22 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     all_names, head = module_names(work.model, {}), output_embeddings(work.model)
     groups: list[Group] = []
+    known: dict[object, tuple[Found, nn.Module]] = {}
     with calibrate.evaluating(work.model):
         for stage in walk(work.model, samples, linear):
             if not stage.modules:
                 continue
-            found = find_groups(stage.block, stage.run)
+            # Blocks that look alike are taken to be alike; slicing checks each.
+            looks = _looks(stage.block)
+            if looks not in known:
+                known[looks] = find_groups(stage.block, stage.run), stage.block
+            found = moved(*known[looks], stage.block)
             groups += found.groups
-            for layer, reason in found.reasons.items():
-                if any_matches(step.targets, all_names[layer], layer) and step.targets != ("*",):
-                    work.layers.append(left_report(Skip(tuple(all_names[layer]), layer, reason)))
+            members = {m for g in found.groups for m in (g.consumer, *(p.layer for p in g.producers))}
+            for layer, why in found.reasons.items():
+                own = layer in stage.modules and layer not in members
+                if own and any_matches(step.targets, all_names[layer], layer):
+                    work.layers.append(left_report(Skip(tuple(all_names[layer]), layer, why)))
     kept: list[Group] = []
     for group in groups:
         if group.is_heads != (step.structure == "heads"):
@@ -109,7 +126,7 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
         layers = [group.consumer, *(p.layer for p in group.producers)]
         if not all(any_matches(step.targets, all_names[m], m) for m in layers):
             continue
-        reason = next((r for m in layers if (r := ignored(step, all_names[m], m, head))), None)
+        reason: str | None = next((r for m in layers if (r := ignored(step, all_names[m], m, head))), None)
         if reason is None and any(users[id(m.weight)] > 1 for m in layers):
             reason = "one of its weights is also another module's"
         if reason is not None:
@@ -120,6 +137,12 @@ def _targeted(work: Work, step: Shrink, samples: list[object], names: Mapping[nn
     if not kept:
         work.notes.append(f"shrink: no {step.structure} were found among the targeted layers")
     return kept
+
+
+def _looks(block: nn.Module) -> object:
+    """The same for blocks whose modules have the same names, classes and sizes."""
+    shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
+    return tuple((name, type(m)) for name, m in block.named_modules()), tuple(shapes.items())
 
 
 def _is_index(model: nn.Module, module: nn.Module, name: str) -> bool:
@@ -208,16 +231,18 @@ def _at_least(number: int, count: int, multiple: int) -> int:
 def _apply(
     work: Work,
     step: Shrink,
-    chosen: _Chosen,
+    group: Group,
+    kept: torch.Tensor,
     hessian: torch.Tensor | None,
     stage: Stage,
     names: Mapping[nn.Module, str],
 ) -> list[tuple[int, int]]:
-    """Slices a group; returns the sizes that changed, from and to."""
-    group, kept = chosen.group, chosen.kept
+    """Slices a group to the units that stay, bool [units]; returns the sizes that changed, from and to."""
     count, left = group.count, int(kept.sum())
     if left == count:
-        work.layers.append(_left(group, names, f"{step.ratio:.0%} of {count} {_unit(group)} is none"))
+        none = "none of them is among the least of the model"
+        none = none if step.scope == "model" else f"{step.ratio:.0%} of {count} {_unit(group)} is none"
+        work.layers.append(_left(group, names, none))
         return []
     layers = [group.consumer, *(p.layer for p in group.producers)]
     before = [model_sizes(m).disk for m in layers]
@@ -254,20 +279,16 @@ def _left(group: Group, names: Mapping[nn.Module, str], reason: str) -> LayerRep
     return left_report(Skip(tuple(names[m] for m in layers), group.consumer, reason))
 
 
-class _plain_attention:
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
     """Models of `transformers` with attention written out, where a number of heads that is wrong shows."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.before: object = getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-    def __enter__(self) -> None:
-        self._set("eager")
-
-    def __exit__(self, *error: object) -> None:
-        self._set(self.before)
-
-    def _set(self, name: object) -> None:
-        setter = getattr(self.model, "set_attn_implementation", None)
-        if callable(setter) and isinstance(self.before, str) and self.before != "eager":
-            setter(name)
+    setter = getattr(model, "set_attn_implementation", None)
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if not callable(setter) or not isinstance(before, str) or before == "eager":
+        yield
+        return
+    setter("eager")
+    try:
+        yield
+    finally:
+        setter(before)

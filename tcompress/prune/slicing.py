@@ -106,7 +106,11 @@ def _with_zeros(
 
 def _snapshot(group: Group) -> list[tuple[nn.Module, torch.Tensor, torch.Tensor | None]]:
     layers = [group.consumer, *(producer.layer for producer in group.producers)]
-    return [(m, m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in layers]  # type: ignore[union-attr,operator]
+    values: list[tuple[nn.Module, torch.Tensor, torch.Tensor | None]] = []
+    for m in layers:
+        bias = linear_bias(m)
+        values.append((m, m.get_parameter("weight").detach(), None if bias is None else bias.detach()))
+    return values
 
 
 def _slice_layers(group: Group, kept: torch.Tensor) -> None:

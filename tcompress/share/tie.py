@@ -26,19 +26,24 @@ from tcompress.transform import Work, transforms
 
 #: The parameters of several modules that are to be one: (module, name of the parameter) of each.
 _Slots = list[tuple[nn.Module, str]]
+#: How far the model is from what it was.
+_Error = Callable[[], float]
 
 
 @transforms(Share)
 def run(work: Work, step: Share) -> None:
     """Ties the parameters of groups of blocks, or those of the two embeddings."""
-    tied = _layers(work, step) if step.structure == "layers" else _embeddings(work, step)
+    error: _Error | None = None
+    if step.init == "best":
+        error = _output_error(work, work.data(step, "'best' is what changes the model's output least"))
+    tied = _layers(work, step, error) if step.structure == "layers" else _embeddings(work, error)
     if tied:
         mark_shared(work.model)
     else:
         work.notes.append("share: nothing was tied")
 
 
-def _layers(work: Work, step: Share) -> bool:
+def _layers(work: Work, step: Share, error: _Error | None) -> bool:
     names = module_names(work.model, {})
     chains = _chains(work, step)
     if not chains:
@@ -53,9 +58,9 @@ def _layers(work: Work, step: Share) -> bool:
                 work.layers.append(left_report(Skip(paths, members[0], reason)))
                 continue
             before = model_sizes(nn.ModuleList(members)).disk
-            chosen = _tie(work, step, slots)
+            chosen = _tie(slots, error)
             after = model_sizes(nn.ModuleList(members)).disk
-            number = sum(one[0][0]._parameters[one[0][1]].numel() for one in slots)  # type: ignore[union-attr]
+            number = sum(module.get_parameter(key).numel() for module, key in (one[0] for one in slots))
             work.layers.append(_report(paths, members[0], f"shared by {len(members)}: {chosen}", number, before, after))
             tied = True
         left = len(chain) % step.group
@@ -123,8 +128,8 @@ def _matching(
     return slots, "" if slots else "no targeted parameter that is not shared already"
 
 
-def _tie(work: Work, step: Share, slots: list[_Slots]) -> str:
-    """Ties parameters, and says what they start from."""
+def _tie(slots: list[_Slots], error: _Error | None) -> str:
+    """Ties parameters, and says what they start from: the mean, or with an error what makes it least."""
     members = len(slots[0])
     originals = [[module._parameters[key] for module, key in one] for one in slots]
 
@@ -139,9 +144,8 @@ def _tie(work: Work, step: Share, slots: list[_Slots]) -> str:
                 module._parameters[key] = shared
 
     candidates: list[int | None] = [None]
-    if step.init == "best":
+    if error is not None:
         candidates += range(members)
-        error = _output_error(work, work.data(step, "'best' is what changes the model's output least"))
         costs = []
         for which in candidates:
             choose(which)
@@ -153,7 +157,7 @@ def _tie(work: Work, step: Share, slots: list[_Slots]) -> str:
     return "mean" if best is None else f"member {best + 1}"
 
 
-def _output_error(work: Work, samples: list[Any]) -> Callable[[], float]:
+def _output_error(work: Work, samples: list[Any]) -> _Error:
     """A function that says how far the model's output is from the original's, relative, as a mean of squares."""
     expected: list[torch.Tensor | None] = []
     with calibrate.evaluating(work.original):
@@ -175,7 +179,7 @@ def _output_error(work: Work, samples: list[Any]) -> Callable[[], float]:
     return error
 
 
-def _embeddings(work: Work, step: Share) -> bool:
+def _embeddings(work: Work, error: _Error | None) -> bool:
     model: Any = work.model
     head = output_embeddings(model)
     getter = getattr(model, "get_input_embeddings", None)
@@ -194,7 +198,7 @@ def _embeddings(work: Work, step: Share) -> bool:
         return False
     both = nn.ModuleList([table, head])
     before = model_sizes(both).disk
-    chosen = _tie(work, step, [[(table, "weight"), (head, "weight")]])
+    chosen = _tie([[(table, "weight"), (head, "weight")]], error)
     after = model_sizes(both).disk
     work.layers.append(_report(paths, table, f"tied: {chosen}", table.weight.numel(), before, after))
     if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:

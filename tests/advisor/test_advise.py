@@ -41,7 +41,7 @@ def test_the_answer_is_measured():
     sizes = result.report.after
     assert (row.disk, row.memory) == (sizes.disk, sizes.resident)
     with torch.inference_mode():
-        expected = [tcompress.calibrate.cosine(result.model(x), original(x)) for x in data()[2:]]
+        expected = [tcompress.distances.cosine(result.model(x), original(x)) for x in data()[2:]]
     assert row.quality == pytest.approx(sum(expected) / 2, rel=1e-6)
     assert row.loss == pytest.approx(1 - row.quality, rel=1e-6)
     assert row.seconds > 0

@@ -174,8 +174,19 @@ def test_baseline_holds_the_bars():
             entry = entries[f"attention d{d}"]
             assert entry["spills"] == entry["stack"] == 0
             assert entry["loop"]["mma units %"] >= bar, architecture
-        assert entries["linear m8192"]["loop"]["mma units %"] >= 35
         assert all(e["programs a multiprocessor"] >= 1 for e in entries.values())
+
+
+def test_int8_linear_holds_its_bars():
+    """Nothing spills, and 35 % of what the loop issues multiplies, in units of 8.x; but for 128 tokens on 9.0, whose
+    tile was measured to be the fastest there, and up to 32, where reading the weight is the work."""
+    for architecture, entries in BASELINE["kernels"].items():
+        found = {name: e for name, e in entries.items() if e.get("tile", "").startswith("int8_linear/")}
+        assert len(found) >= 8
+        for name, entry in found.items():
+            assert entry["spills"] == entry["stack"] == 0, (architecture, name)
+            if "m8192" in name or ("m128" in name and architecture != "sm_90"):
+                assert entry["loop"]["mma units %"] >= 35, (architecture, name)
 
 
 def test_baseline_has_bounds_of_every_problem():

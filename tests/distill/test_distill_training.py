@@ -248,6 +248,40 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+SHARED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import tcompress
+from toy_models import Toy, batches
+student = Toy(seed=1)
+tcompress.distill(student, Toy(seed=0), batches(6), losses=["hidden"], steps=3, schedule="constant", progress=False,
+    lr=1e-3, accumulate=int(sys.argv[2]), prune={{"method": "movement", "pattern": "2:4"}}, max_grad_norm=None)
+import torch.distributed as dist
+assert dist.is_initialized() == (sys.argv[2] == "1")
+if not dist.is_initialized() or dist.get_rank() == 0:
+    torch.save(student.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_as_many_batches(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SHARED.format(tests=str(Path(__file__).parent)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for more, accumulate in (([], 2), (launch, 1)):
+        out = tmp_path / f"{accumulate}.pt"
+        command = [sys.executable, *more, str(script), str(out), str(accumulate)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (2, 1))
+    for name in one:
+        # AdamW's first steps are as large for a gradient of rounding errors as for any other.
+        close = torch.isclose(one[name], two[name], atol=1e-5)
+        assert close.float().mean() > 0.97, name
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     distilled(steps=2, checkpoint=tmp_path)
     with pytest.raises(

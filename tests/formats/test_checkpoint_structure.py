@@ -141,6 +141,25 @@ def test_it_can_be_undone():
     assert torch.equal(model(DATA), expected)
 
 
+@pytest.mark.parametrize("steps", [STEPS[:1], STEPS[2:3], STEPS[3:], STEPS[:1] + STEPS[3:]])
+def test_torchs_encoder(steps, tmp_path):
+    """In evaluation mode it would read the weights of its layers instead of calling them."""
+
+    def make():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+    x = torch.randn(4, 6, 16)
+    steps = [{**step, "targets": ["linear1", "linear2"]} for step in steps]
+    model = tcompress.compress(make(), {"steps": steps}, x).model
+    assert any("linear" in name for name in describe_structure(model)) == ("shrink" in {s["step"] for s in steps})
+    loaded = tcompress.load(tcompress.save(model, tmp_path), make())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        assert torch.nn.functional.cosine_similarity(model(x).flatten(), make()(x).flatten(), 0) > 0.8
+
+
 def test_a_plain_model_is_still_refused(tmp_path):
     with pytest.raises(ValueError, match="without compressed modules"):
         tcompress.save(net(), tmp_path)

@@ -169,8 +169,8 @@ class _Kernel:
 
 @contextmanager
 def launches(capability: int, handler: Callable[[Launch], None]) -> Iterator[None]:
-    """Within, the launchers of `kernels/triton` take the GPU for one of `capability` (80 for AMD's: their tiles are
-    those of no special GPU), and `handler` gets what they launch."""
+    """Within, the launchers of `kernels/triton` take the GPU for one of `capability` (`tiles.AMD` for AMD's), and
+    `handler` gets what they launch."""
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -236,6 +236,24 @@ class Library:
         )  # fmt: skip
         return Attention(out.check().transpose(1, 2), lse.check(), workspace, offsets.tolist(), (b, h, kv_heads))
 
+    def int4_pack(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, k: int, group: int
+    ) -> torch.Tensor:
+        """The kernel's weight, bytes."""
+        n = weight.shape[0]
+        self._c.shim_int4_bytes.restype = ctypes.c_int64
+        size = self._c.shim_int4_bytes(*(ctypes.c_int64(i) for i in (n, k, group)))
+        packed = Guarded((size,), torch.uint8)
+        self.call("int4_pack", weight, scale, DTYPES.index(scale.dtype), zero_point, n, k, group, packed.tensor)
+        return packed.check()
+
+    def gate(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """y · gate, in the type of y; both contiguous."""
+        out = Guarded(y.shape, y.dtype)
+        out.tensor.copy_(y)
+        self.call("gate", out.tensor, DTYPES.index(y.dtype), gate, y.numel())
+        return out.check()
+
     def int4_linear(
         self,
         x: torch.Tensor,
@@ -250,15 +268,11 @@ class Library:
     ) -> torch.Tensor:
         """x [M, K] of 16 bits, the weight as `pack_int4` stores it: packed for the kernel, then multiplied."""
         (m, k), n = x.shape, weight.shape[0]
-        self._c.shim_int4_bytes.restype = ctypes.c_int64
-        size = self._c.shim_int4_bytes(*(ctypes.c_int64(i) for i in (n, k, group)))
-        packed = Guarded((size,), torch.uint8)
-        self.call("int4_pack", weight, scale, DTYPES.index(scale.dtype), zero_point, n, k, group, packed.tensor)
-        packed.check()
+        packed = self.int4_pack(weight, scale, zero_point, k, group)
         x = torch.nn.functional.pad(x, (0, -k % 8)).contiguous()
         y = Guarded((m, n), out_dtype)
         self.call(
-            "int4_linear", x, DTYPES.index(x.dtype), packed.tensor, bias, residual, y.tensor, m, n, k, x.shape[1],
+            "int4_linear", x, DTYPES.index(x.dtype), packed, bias, residual, y.tensor, m, n, k, x.shape[1],
             group, DTYPES.index(out_dtype), ACTIVATIONS.index(activation),
         )  # fmt: skip
         return y.check()

@@ -12,6 +12,7 @@ from fake_cuda import fake_cuda, graph_of, layout, on_cuda, outputs
 
 from tcompress import backend, cuda_backend, explain, nn, ops, triton_backend, use_backend
 from tcompress.nn.quantized_linear import multi_linear
+from tcompress.ops import int4_cuda_layout
 from tcompress.ops._registry import OPS
 
 sys.path.append(str(Path(__file__).parent.parent / "ops"))
@@ -30,7 +31,11 @@ def _triton_is_there(monkeypatch):
     monkeypatch.setattr(triton_backend, "WHY_NO_TRITON", None)
 
 
-@pytest.mark.parametrize(("op", "i"), [s for s in SAMPLES if s[0] not in LOOK_AT_DATA])
+#: Has a layout of its own on CUDA.
+OTHERWISE_ON_CUDA = {"int4_prepack"}
+
+
+@pytest.mark.parametrize(("op", "i"), [s for s in SAMPLES if s[0] not in LOOK_AT_DATA | OTHERWISE_ON_CUDA])
 def test_layout_of_every_op(op, i):
     """The chosen backend's result, on the GPU, is laid out as the reference's on the CPU."""
     arguments = cases.SAMPLES[op][i]
@@ -183,6 +188,89 @@ def test_a_module_moves(scheme):
         assert (y.shape, y.dtype, y.device.type) == ((2, 5, 33), torch.bfloat16, "cuda")
         if module.qdata.dtype == torch.int8:
             assert explain(ops.int8_linear, x, module.qdata, module.scale).backend == "triton"
+
+
+@pytest.fixture
+def cuda_forced(monkeypatch):
+    """The CUDA C++ kernels, also where they are not built: nothing here runs them."""
+    monkeypatch.setattr(cuda_backend, "WHY_NOT", None)
+    with use_backend("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("i", range(len(cases.SAMPLES["int4_prepack"])))
+def test_int4_layout_of_cuda(i, cuda_forced):
+    weight, scale, zero_point, k, group_size = cases.SAMPLES["int4_prepack"][i]
+    with fake_cuda() as mode:
+        got = ops.int4_prepack(*(on_cuda(mode, a) for a in (weight, scale, zero_point)), k, group_size)
+    assert got.device.type == "cuda"
+    assert layout(got) == layout(int4_cuda_layout.pack(weight, scale, zero_point, k, group_size))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g128", "W4A16-g32", "W4A8-g32", "W8A8"])
+def test_a_module_moves_to_the_kernels_of_cuda(scheme, cuda_forced):
+    """Weight-only int4 gets the layout of that kernel, derived from the storage layout and back to it."""
+    with fake_cuda():
+        with use_backend(None):
+            module = nn.QuantizedLinear(96, 33, bias=False, scheme=scheme)
+        saved = {name: layout(x) for name, x in module.state_dict().items()}
+        module.to("cuda")
+        if scheme.startswith("W4A16"):
+            assert module.qdata is None
+            assert (module.kernel_weight.dtype, module.kernel_weight.device.type) == (torch.int32, "cuda")
+            x = torch.empty(2, 5, 96, device="cuda", dtype=torch.bfloat16)
+            assert layout(module(x)) == ((2, 5, 33), torch.bfloat16, [165, 33, 1])
+            (y,) = multi_linear(x, [module, module], gated=True)
+            assert layout(y) == ((2, 5, 33), torch.bfloat16, [165, 33, 1])
+            with pytest.raises(RuntimeError, match="x of float32: the CUDA kernel multiplies 16-bit floats"):
+                module(x.float())
+            with use_backend("triton"), pytest.raises(RuntimeError, match="in the layout of the CUDA C"):
+                module(x)
+            with use_backend(None):  # the reference reads any layout
+                assert module(x.float()).shape == (2, 5, 33)
+        else:
+            assert module.kernel_weight is None
+        assert {name: layout(x) for name, x in module.state_dict().items()} == saved
+        with use_backend(None):
+            module.to("cpu")
+        assert module.held_kernel is not None
+        assert module.kernel_weight.dtype == torch.int8
+        assert {name: layout(x) for name, x in module.state_dict().items()} == saved
+
+
+def test_int4_layout_where_triton_is_not_installed(monkeypatch):
+    monkeypatch.setattr(cuda_backend, "WHY_NOT", None)
+    with fake_cuda():
+        module = nn.QuantizedLinear(96, 33, bias=False, scheme="W4A16-g32")
+        assert module.to("cuda").kernel_weight is None
+        module.to("cpu")
+        monkeypatch.setattr(triton_backend, "WHY_NO_TRITON", "triton is not installed")
+        assert module.to("cuda").kernel_weight.dtype == torch.int32
+        x = torch.empty(5, 96, device="cuda", dtype=torch.float16)
+        assert (
+            explain(ops.int4_linear, x, None, *module._int4_parts()[:2], None, module.kernel_weight, 32, None).backend
+            == "cuda"
+        )
+
+
+def test_one_graph_of_int4_on_the_kernels_of_cuda(cuda_forced):
+    with fake_cuda():
+        module = nn.QuantizedLinear(96, 33, scheme="W4A16-g32", device="cuda", activation="gelu")
+        seen, y = graph_of(module, torch.empty(5, 96, device="cuda", dtype=torch.float16))
+    assert "tcompress.int4_linear.default" in seen
+    assert y.shape == (5, 33)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A8-g32"])
+def test_one_graph_of_int4(scheme):
+    with fake_cuda():
+        layers = torch.nn.ModuleList(nn.QuantizedLinear(32, 64, scheme=scheme, device="cuda") for _ in range(2))
+        x = torch.empty(5, 32, device="cuda", dtype=torch.float16)
+        seen, _ = graph_of(layers[0], x)
+        assert seen == ["tcompress_triton.int4_linear.default"]
+        seen, ys = graph_of(lambda x: multi_linear(x, list(layers)), x)
+        assert "tcompress_triton.int4_multi_linear.default" in seen
+    assert [y.shape for y in ys] == [(5, 64)] * 2
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A7"])

@@ -25,12 +25,14 @@ CASES = [
     *[pytest.param("int4_linear", a, marks=[SLOW]) for a in ARCHITECTURES],
     *[pytest.param("attention", a, marks=[SLOW]) for a in ARCHITECTURES],
 ]
-#: Least share of matrix instructions in the best loop of a kernel whose name holds the key.
+#: Least share of matrix instructions in the best loop of a kernel whose name holds the key, on 8.0 and on 9.0, where
+#: nvcc issues more for addresses and copies.
 SHARES = {
-    "int8_linear_kernelINS0_12Int8GemmTileILi128E": 0.35,
-    "attention_kernelILi64ELb0ELb0E": 0.18,
-    "attention_kernelILi128ELb0ELb0E": 0.18,
-    "attention_kernelILi256ELb0ELb0E": 0.18,
+    "int8_linear_kernelINS0_12Int8GemmTileILi128E": (0.35, 0.35),
+    "int8_linear_kernelINS0_12Int8GemmTileILi64E": (0.35, 0.30),
+    "attention_kernelILi64ELb0ELb0E": (0.18, 0.18),
+    "attention_kernelILi128ELb0ELb0E": (0.18, 0.18),
+    "attention_kernelILi256ELb0ELb0E": (0.18, 0.18),
 }
 
 
@@ -45,6 +47,7 @@ def test_no_spills_and_enough_products(source, architecture):
         assert (figure.stack, figure.spill_stores, figure.spill_loads) == (0, 0, 0), name
         assert figure.registers <= 255
     for name, loops in nvcc_figures.loops(DISASSEMBLER, built.cubin).items():
-        for key, least in SHARES.items():
+        for key, shares in SHARES.items():
             if key in name:
+                least = shares[ARCHITECTURES.index(architecture)]
                 assert max(loop.mma_share for loop in loops) >= least, name

@@ -18,9 +18,11 @@ sys.path.append(str(Path(__file__).parent.parent / "ops"))
 sys.path.append(str(Path(__file__).parent.parent / "nn"))
 import cases
 import sparse_layers
+from storage_layout import in_storage_layout
 from tcompress.kernels.triton.bindings import KERNELS
 
 from tcompress import backend, cuda_backend, explain, nn, triton_backend, use_backend
+from tcompress.ops import int4_cuda_layout
 from tcompress.ops._registry import OPS
 
 UNSUPPORTED = {
@@ -45,23 +47,6 @@ def on_gpu(argument):
     return type(argument)(map(on_gpu, argument)) if isinstance(argument, list | tuple) else argument
 
 
-def in_storage_layout(op, arguments):
-    """Weights that are given in the layout of the CPU kernels alone, brought back."""
-    arguments = list(arguments)
-    k = arguments[0].shape[-1]
-    unpack = OPS["int8_unpack"].reference
-    if op == "int8_multi_linear":
-        triples = zip(arguments[1], arguments[2], arguments[4], strict=True)
-        arguments[1] = [unpack(kw, s.shape[0], k) if w is None else w for w, s, kw in triples]
-        arguments[4] = [None] * len(arguments[1])
-    elif op.startswith("int8_linear"):
-        at = 3 if op == "int8_linear_quantized" else 1
-        if arguments[at] is None:
-            arguments[at] = unpack(arguments[at + 3], arguments[at + 1].shape[0], k)
-        arguments[at + 3] = None
-    return tuple(arguments)
-
-
 def relative(expected, got):
     kept = expected.isfinite()
     difference = (expected.double() - got.double())[kept].norm()
@@ -78,7 +63,8 @@ def test_samples_agree_with_the_reference(name, op):
         if UNSUPPORTED[name][op](*arguments) is not None:
             continue
         ran += 1
-        expected = OPS[op].reference(*arguments)
+        layout_of_cuda = op == "int4_prepack"
+        expected = (int4_cuda_layout.pack if layout_of_cuda else OPS[op].reference)(*arguments)
         with use_backend(name):
             got = backend.call(op, *on_gpu(arguments))
         pairs = zip(*(r if isinstance(r, list | tuple) else (r,) for r in (expected, got)), strict=True)
@@ -165,3 +151,28 @@ def test_a_sparse_layer_moves(scheme, tune, monkeypatch):
     module.to("cpu")
     assert torch.equal(module.kernel_weight, packed)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40, 300])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_weight_only_module(name, tokens):
+    """16-bit activations; CUDA C++ holds the weight in a layout of its own. 300 tokens: Triton's dequantized weight."""
+    if WHY_NOT[name]:
+        pytest.skip(WHY_NOT[name])
+    torch.manual_seed(0)
+    module = nn.QuantizedLinear.from_linear(torch.nn.Linear(512, 200), "W4A16-g128").to(torch.bfloat16)
+    x = torch.randn(tokens, 512).bfloat16()
+    expected, state = module(x), {key: value.clone() for key, value in module.state_dict().items()}
+    with use_backend(name):
+        module.to("cuda")
+        assert (module.kernel_weight is not None) == (name == "cuda")
+        got, graph, inputs = module(x.cuda()), torch.cuda.CUDAGraph(), torch.zeros_like(x, device="cuda")
+        compiled = torch.compile(module, fullgraph=True)(x.cuda())
+        with torch.cuda.graph(graph):
+            replayed = module(inputs)
+        inputs.copy_(x)
+        graph.replay()
+        for y in (got, compiled, replayed):
+            assert relative(expected, y.cpu()) <= 8e-3
+    module.to("cpu")
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in state.items())

@@ -10,6 +10,7 @@ import torch
 from shim_library import ACTIVATIONS, Library, caught
 
 import tcompress.ops  # noqa: F401
+from tcompress.ops import int4_cuda_layout
 from tcompress.packing.int4 import pack_int4
 
 int4_linear = sys.modules["tcompress.ops.int4_linear"]  # the name in the package is the function
@@ -70,6 +71,23 @@ def test_integers_are_exact(lib):
     x = torch.randint(-8, 9, (20, 96), generator=torch.Generator().manual_seed(5)).half()
     got = lib.int4_linear(x, pack_int4(q), torch.ones_like(scale), zero, 32)
     assert torch.equal(got.double(), x.double() @ dense(q, torch.ones_like(scale), zero, 32).t())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group", "zeros"), [(33, 70, 32, True), (64, 128, 128, False), (1, 1, 32, True), (97, 300, 300, True)]
+)
+def test_layout_is_that_of_the_op(lib, n, k, group, zeros):
+    """What the kernel makes of a weight is what `int4_prepack` says it is, bit for bit."""
+    q, scale, zero = weights(n, k, group, zeros, torch.float16 if n % 2 else torch.float32)
+    got = lib.int4_pack(pack_int4(q), scale, zero, k, group)
+    assert torch.equal(got.view(torch.int32), int4_cuda_layout.pack(pack_int4(q), scale, zero, k, group))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 8, 2047, 2049])
+def test_gate(lib, count, dtype):
+    y, gate = torch.randn(count).to(dtype), torch.randn(count)
+    assert torch.equal(lib.gate(y, gate), (y.float() * gate).to(dtype))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

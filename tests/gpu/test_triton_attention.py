@@ -12,7 +12,7 @@ triton_cases.require()
 
 from tcompress.kernels.triton import attention_prepare  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles, tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile, tiles  # noqa: E402
 
 from tcompress.ops.attention_numbers import quantize_tokens  # noqa: E402
 
@@ -117,7 +117,13 @@ def test_negative_scale_and_stacked_masks():
 
 
 @pytest.mark.parametrize(
-    "tile", [Tiles(64, 64, 4, 3), Tiles(128, 128, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)]
+    "tile",
+    [
+        attention_tile(64, 64, 4, 3),
+        attention_tile(128, 128, 4, 3),
+        attention_tile(128, 64, 8, 3),
+        attention_tile(64, 32, 8, 2),
+    ],
 )
 def test_every_tile(tile):
     q, k, v = (heads(1, 2, 300, 64, seed=i) for i in range(3))

@@ -12,7 +12,7 @@ triton_cases.require()
 
 from guarded import guarded, outcome  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
 from tcompress.ops.attention_reference import Visible  # noqa: E402
@@ -54,7 +54,16 @@ def test_windows(window, shape, softcap):
     bottom_right, left, right = window
     q, k, v = random(1, 2, shape[0], 32), random(1, 1, shape[1], 32, seed=1) + 1, random(1, 1, shape[1], 32, seed=2)
     out, lse = attention(
-        q, k, v, None, bottom_right, return_lse=True, left=left, right=right, softcap=softcap, tile=Tiles(32, 32, 4, 2)
+        q,
+        k,
+        v,
+        None,
+        bottom_right,
+        return_lse=True,
+        left=left,
+        right=right,
+        softcap=softcap,
+        tile=attention_tile(32, 32, 4, 2),
     )
     expected, expected_lse, some = exact(q, k, v, None, bottom_right, left, right, softcap)
     assert (out[~some] == 0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,12 @@ import triton_cases
 triton_cases.require()
 
 from tcompress.kernels.triton import autotune  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
-STORED = TileConfig(16, 32, 64, name="stored")
-FAST, SLOW = TileConfig(16, 64, 64, name="fast"), TileConfig(16, 16, 64, name="slow")
-SECONDS = {"stored": 1.0, "fast": 0.5, "slow": 2.0, "hardly": 0.99}
+STORED = TileConfig(16, 32, 64, kernel="k", architecture="sm_90")
+FAST, SLOW, HARDLY = (replace(STORED, block_n=n) for n in (64, 16, 128))
+SECONDS = {STORED: 1.0, FAST: 0.5, SLOW: 2.0, HARDLY: 0.99}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ class Measured:
 
     def choose(self, stored=STORED, candidates=(FAST, SLOW), kernel="k", sizes="16x16"):
         def run(tile):
-            self.runs.append(tile.name)
-            return tile.name
+            self.runs.append(tile)
+            return tile
 
         return autotune.choose(kernel, sizes, stored, lambda: candidates, run, torch.zeros(1), self)
 
@@ -53,19 +53,21 @@ def forget():
 def test_the_fastest_is_measured_once_and_kept(cache):
     measured = Measured()
     assert measured.choose() == FAST
-    assert measured.runs == ["stored", "fast", "slow"]
+    assert measured.runs == [STORED, FAST, SLOW]
     assert measured.choose() == FAST
     forget()
     assert measured.choose() == FAST
     assert len(measured.runs) == 3
     measured.choose(sizes="32x16")
     assert len(measured.runs) == 6
-    assert len(json.loads(cache.read_text())) == 2
+    content = json.loads(cache.read_text())
+    assert len(content) == 2
+    assert content["k 16x16"]["name"] == FAST.name == "k/sm_90/16x64x64-4w2s"
     assert [p.name for p in cache.parent.iterdir()] == [cache.name]
 
 
 def test_a_hair_faster_is_noise():
-    assert Measured().choose(candidates=(TileConfig(16, 64, 64, name="hardly"),)) == STORED
+    assert Measured().choose(candidates=(HARDLY,)) == STORED
 
 
 def test_turned_off_or_off_cuda(cache, monkeypatch):
@@ -113,14 +115,14 @@ def test_what_does_not_fit_is_passed_over_and_other_errors_are_not():
             raise OutOfResources(300_000, 100_000, "shared memory")
         if tile is SLOW:
             raise PTXASError("too many registers")
-        return tile.name
+        return tile
 
     def choose(run):
         return autotune.fastest(STORED, [FAST, SLOW], run, lambda call: SECONDS[call()])
 
     assert choose(run) == STORED
     with pytest.raises(ZeroDivisionError):
-        choose(lambda tile: tile.name if tile is STORED else 1 / 0)
+        choose(lambda tile: tile if tile is STORED else 1 / 0)
 
 
 def _write_many(path, number):
@@ -142,26 +144,20 @@ def test_files_are_by_gpu_and_version(cache):
     assert name != cache.name
 
 
-def test_neighbours_and_other_kinds_of_tiles():
-    assert [t.warps for t in autotune.neighbours(STORED, warps=(4, 8))] == [8]
-    attention = Tiles(64, 64, 4, 2)
-    measured = []
-
-    def measure(call):
-        measured.append(call())
-        return float(-measured[-1])
-
-    tile = autotune.choose(
-        "a",
-        "1",
-        attention,
-        lambda: autotune.neighbours(attention, warps=(8,)),
-        lambda t: t.warps,
-        torch.zeros(1),
-        measure,
-    )
-    assert tile == Tiles(64, 64, 8, 2)
+def test_a_tile_of_another_table_is_measured_again(cache):
+    """Whose names say other things: the file of an earlier release, or of another GPU."""
+    measured = Measured()
+    measured.choose()
+    content = json.loads(cache.read_text())
+    content["k 16x16"]["name"] = "k/sm_80/16x64x64-4w2s"
+    cache.write_text(json.dumps(content))
     forget()
-    assert autotune.choose("a", "1", attention, list, lambda t: 1 / 0, torch.zeros(1), measure) == tile
+    assert measured.choose() == FAST
+    assert len(measured.runs) == 6
+
+
+def test_neighbours_and_tokens():
+    assert [t.warps for t in autotune.neighbours(STORED, warps=(4, 8))] == [8]
+    assert autotune.neighbours(STORED, split=(2,))[0].name == "k/sm_90/16x32x64-4w2s-k2"
     assert autotune.tokens(0) == 1
     assert autotune.tokens(33) == 64

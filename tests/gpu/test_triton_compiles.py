@@ -1,10 +1,14 @@
-"""Every kernel of `kernels/triton` compiles for every GPU that it is shipped for, in every tile size that it may get
-there; it fits the GPU's shared memory and uses its matrix unit."""
+"""Every kernel of `kernels/triton` compiles for every GPU that it is shipped for, and every tile for every kind of GPU;
+it fits the shared memory and uses the matrix unit. benchmarks/gpu_launches.py has the launches."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +16,21 @@ import triton_cases
 
 triton_cases.require_compiler()
 
-from aot import CompileError, Launch, compile_launch, launches  # noqa: E402
-from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.linear import linear  # noqa: E402
-from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
+sys.path.append(str(Path(__file__).parent.parent.parent / "benchmarks"))
 
-F16, BF16, F32, I8 = torch.float16, torch.bfloat16, torch.float32, torch.int8
-ALL = [80, 86, 89, 90, 100, 120, "gfx90a", "gfx942"]
+import gpu_compile  # noqa: E402
+import gpu_launches  # noqa: E402
+import tcompress.kernels.triton  # noqa: E402
+from aot import CompileError, Launch, compile_launch, launches  # noqa: E402
+from tcompress.kernels.triton.tiles import TABLES, TileTable  # noqa: E402
+from triton import JITFunction  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+#: Every tile is compiled for one GPU of each kind: 8.x, Hopper, data centre Blackwell, AMD.
+EVERY = [80, 90, 100, "gfx942"]
+#: The others have the tiles and, but for registers, the code of one of these: each kernel once.
+LIKE_OTHERS = [86, 89, 120, "gfx90a"]
+FOLDER = Path(tcompress.kernels.triton.__path__[0])
 #: Bytes of shared memory that a program may have (CUDA C++ programming guide, table of compute capabilities; AMD: LDS).
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx90a": 64, "gfx942": 64}
 #: What a product of int8 looks like in the assembly. 9.0 has the asynchronous one; the tile of few tokens is too low
@@ -29,60 +41,21 @@ INT8_PRODUCT = {
 }  # fmt: skip
 
 
-def tensor(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
-    """Without data: nothing is run."""
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def attend(head: int, sq: int, dtype: torch.dtype = F16, mask: torch.dtype | None = None, **kwargs: bool) -> None:
-    q, k, v = (tensor(1, h, sq, head, dtype=dtype) for h in (4, 2, 2))
-    m = None if mask is None else tensor(1, 1, sq, sq, dtype=mask).expand(1, 4, sq, sq)
-    attention(q, k, v, m, **kwargs)
-
-
-def multiply(
-    m: int, n: int, k: int, dtype: torch.dtype = F16, activation: str = "none", symmetric: bool = True
-) -> None:
-    full = activation != "none"
-    linear(
-        tensor(m, k, dtype=dtype), tensor(n, k, dtype=I8), tensor(n, dtype=F32), tensor(n, dtype=F32) if full else None,
-        None, 8 if symmetric else 7, symmetric, activation, None, tensor(m, n, dtype=dtype) if full else None,
-    )  # fmt: skip
-
-
-def few() -> None:
-    attend(128, 4096, causal=True)
-    multiply(16, 100, 71, BF16, "gelu", symmetric=False)
-    multiply(8192, 4096, 4096)
-
-
-def every() -> None:
-    for head in (32, 64, 128, 256):
-        for sq in (64, 4096):
-            for causal in (False, True):
-                attend(head, sq, causal=causal, return_lse=causal)
-        attend(head, 300, dtype=BF16, mask=torch.bool, causal=True)
-        attend(head, 300, dtype=F32, mask=F32)
-    for m in (1, 16, 32, 64, 128, 8192):
-        for n, k in ((4096, 4096), (11008, 4096), (1024, 8192), (100, 71)):
-            multiply(m, n, k)
-        multiply(m, 4096, 4096, BF16, "gelu", symmetric=False)
-        multiply(m, 100, 71, F32, "gelu_tanh", symmetric=False)
-        multiply(m, 100, 64, F32, "silu")
-    for k in (8, 300, 4096, 9001):
-        quantize_tokens(tensor(5, k, dtype=F16))
-        quantize_tokens(tensor(5, k, dtype=BF16), 7, False)
-        quantize_tokens(tensor(5, k, dtype=F32), 4)
+def specialized(x):
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.storage_offset() % 16
+    return (x == 1, x % 16 == 0, abs(x) < 2**31) if type(x) is int else type(x)
 
 
 def shipped(architecture: int | str, cases) -> list[Launch]:
-    """What the launchers start on that GPU, each specialization once."""
+    """What the launchers start on that GPU, once each that Triton compiles differently: of an integer it asks whether
+    it is 1, a multiple of 16, and fits 32 bits."""
     found: list[Launch] = []
-    with launches(architecture if isinstance(architecture, int) else 80, found.append):
+    with launches(architecture if isinstance(architecture, int) else 942, found.append):
         cases()
     described = {}
     for launch in found:
-        values = [(x.dtype, x.storage_offset() % 16) if isinstance(x, torch.Tensor) else x for x in launch.args]
+        values = [specialized(x) for x in launch.args]
         described[launch.module, launch.kernel, str(values), str(launch.kwargs)] = launch
     return list(described.values())
 
@@ -96,7 +69,8 @@ def defect(launch: Launch, architecture: int | str) -> str | None:
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     if not compiled.binary:
         return f"{name}: no machine code"
-    if compiled.shared > 1024 * SHARED[architecture]:
+    # 8.6, 8.9 and 12.0 have the tiles of 8.0, and less memory
+    if compiled.shared > 1024 * (SHARED[86] if architecture == 80 else SHARED[architecture]):
         return f"{name}: {compiled.shared} bytes of shared memory"
     if launch.kernel in ("attend", "linear_wide", "linear_narrow"):
         usual = ("m16n8k32.row.col.satfinite.s32.s8.s8.s32",)
@@ -108,22 +82,69 @@ def defect(launch: Launch, architecture: int | str) -> str | None:
 # for 8.0 and 8.9 others are compiled and run, in test_triton_emulated
 @pytest.mark.parametrize("architecture", [90, "gfx942"])
 def test_some_of_the_kernels(architecture):
-    assert [d for launch in shipped(architecture, few) if (d := defect(launch, architecture))] == []
+    assert [d for launch in shipped(architecture, gpu_launches.few) if (d := defect(launch, architecture))] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ALL)
-def test_every_kernel_in_every_tile(architecture):
+@pytest.mark.parametrize("architecture", [*EVERY, *LIKE_OTHERS])
+def test_every_kernel(architecture):
+    cases = gpu_launches.every if architecture in EVERY else gpu_launches.one_of_each
     # each starts a compiler's process; other processes of pytest, if there are any, do so too
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // beside))) as pool:
-        found = pool.map(lambda launch: defect(launch, architecture), shipped(architecture, every))
+        found = pool.map(lambda launch: defect(launch, architecture), shipped(architecture, cases))
     assert [d for d in found if d] == []
+
+
+def launched_in_source() -> set[tuple[str, str]]:
+    """(module, kernel) of every `kernel[grid](…)` in `kernels/triton`."""
+    found = set()
+    for path in FOLDER.glob("*.py"):
+        module = importlib.import_module(f"tcompress.kernels.triton.{path.stem}")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = getattr(module, getattr(node.func.value, "id", ""), None)
+                if isinstance(kernel, JITFunction | InterpretedFunction):
+                    found.add((kernel.fn.__module__, kernel.fn.__name__))
+    return found
+
+
+@pytest.mark.parametrize("cases", [gpu_launches.one_of_each, gpu_launches.every])
+def test_no_kernel_is_missing(cases):
+    expected = launched_in_source()
+    assert len(expected) > 10
+    assert {(launch.module, launch.kernel) for launch in shipped(80, cases)} == expected
+
+
+def test_no_kernel_is_missing_among_the_static_figures():
+    assert {variant.kernel for variant in gpu_compile.VARIANTS.values()} == {name for _, name in launched_in_source()}
+
+
+def test_no_tile_is_missing(monkeypatch):
+    """Each role of each table, which a rule of a launcher may then make narrower."""
+    asked = set()
+    tile = TileTable.tile
+
+    def recorded(self, capability, role):
+        asked.add((self, role))
+        return tile(self, capability, role)
+
+    monkeypatch.setattr(TileTable, "tile", recorded)
+    shipped(90, gpu_launches.every)
+    assert asked == {(table, role) for table in TABLES.values() for _, role, _ in table}
+
+
+def test_gpus_like_others_have_their_tiles():
+    """8.6, 8.9 and 12.0 those of 8.0, so that what `test_every_kernel` compiled for that is what they run."""
+    for table in TABLES.values():
+        of = {name: {role: (t.block_m, t.block_n, t.block_k, t.warps, t.stages) for a, role, t in table if a == name}
+              for name in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")}  # fmt: skip
+        assert all(tiles == of["sm_80"] for tiles in of.values())
 
 
 def test_what_does_not_compile_is_reported():
     """int8 products need 8.0."""
     with launches(80, (found := []).append):
-        attend(64, 64)
+        gpu_launches.attend(64, 64)
     with pytest.raises(CompileError, match="Traceback"):
         compile_launch(found[-1], 75)

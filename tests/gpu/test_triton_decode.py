@@ -208,6 +208,6 @@ def test_unsupported_says_why():
 
 
 def test_a_long_cache_is_split():
-    assert decode_tile(4, 128, 8, 500).split > 8
-    assert decode_tile(4, 128, 1, 1).split == 1
-    assert decode_tile(100, 256, 0, 0).split >= 1
+    assert decode_tile(90, 4, 128, 8, 500).split > 8
+    assert decode_tile(90, 4, 128, 1, 1).split == 1
+    assert decode_tile(90, 100, 256, 0, 0).split >= 1

@@ -15,8 +15,8 @@ triton_cases.require_compiler()
 from emulated import emulated  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
-from tcompress.kernels.triton.linear_tiles import NarrowTiles, WideTiles  # noqa: E402
 from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
+from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
 from tcompress.ops.attention_numbers import quantize_tokens as reference_integers  # noqa: E402
@@ -114,11 +114,11 @@ def test_sums_are_exact(architecture, m, n, k, bits, symmetric):
 def test_parts_of_k_may_end_in_any_order(m, reverse):
     x, weight, scale = arguments(m, 40, 300)
     with emulated(80, reverse):
-        got = linear(x, weight, scale, out_dtype=torch.int32, tile=NarrowTiles(16, 32, 64, 4, 3, 4))
+        got = linear(x, weight, scale, out_dtype=torch.int32, tile=TileConfig(16, 32, 64, 4, 3, 4))
     assert torch.equal(got, int8_linear.reference(x, weight, scale, None, None, 8, True, "none", torch.int32))
 
 
-@pytest.mark.parametrize("tile", [WideTiles(128, 128, 64, 8, 3), WideTiles(64, 32, 128, 4, 8, 1)])
+@pytest.mark.parametrize("tile", [TileConfig(128, 128, 64, 8, 3), TileConfig(64, 32, 128, 4, 8, group=1)])
 def test_other_tiles_of_many_tokens(tile):
     x, weight, scale = arguments(70, 50, 192)
     with emulated(80):

@@ -13,7 +13,7 @@ import triton_cases
 triton_cases.require()
 
 from guarded import guarded, outcome  # noqa: E402
-from tcompress.kernels.triton.bindings import int4_linear_unsupported as unsupported  # noqa: E402
+from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
 from tcompress.kernels.triton.int4_linear import int4_linear, int4_tile  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
@@ -153,9 +153,12 @@ def test_nothing_is_read_out_of_bounds(m, bits):
 
 def test_unsupported_says_why():
     x, packed = random(2, 64), weights(4, 64, 32)
+    unsupported = KERNELS["int4_linear"].unsupported
     assert unsupported(x, *packed, None, None, 32) is None
     assert unsupported(x, *packed, None, None, 100) is None
     assert "layout" in unsupported(x, None, *packed[1:], None, torch.empty(0, dtype=torch.int8), 32)
+    in_cuda_layout = torch.empty(0, dtype=torch.int32)
+    assert "CUDA C++" in unsupported(x, None, *packed[1:], None, in_cuda_layout, 32)
     assert "48" in unsupported(x, *packed, None, None, 48)
     assert "16" in unsupported(x, *packed, None, None, 16)
 

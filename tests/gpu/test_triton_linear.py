@@ -13,8 +13,10 @@ import triton_cases
 triton_cases.require()
 
 from tcompress.kernels.triton import quantize_tokens as quantizer  # noqa: E402
-from tcompress.kernels.triton.linear import linear, unsupported  # noqa: E402
-from tcompress.kernels.triton.linear_tiles import NarrowTiles, WideTiles, narrow_tiles, wide_tiles  # noqa: E402
+from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
+from tcompress.kernels.triton.linear import linear  # noqa: E402
+from tcompress.kernels.triton.linear_tiles import int8_linear_tile  # noqa: E402
+from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
 
@@ -85,16 +87,16 @@ def test_epilogue(shape, dtype, activation):
     assert (got.double() - y).abs().max() <= limit * y.abs().max()
 
 
-TILES = [NarrowTiles(16, 16, 64, 4, 2, s) for s in (1, 2, 8)] + [
-    WideTiles(32, 32, 32, 4, 2),
-    WideTiles(64, 32, 64, 4, 2, 1),
+TILES = [TileConfig(16, 16, 64, split=s) for s in (1, 2, 8)] + [
+    TileConfig(32, 32, 32),
+    TileConfig(64, 32, 64, group=1),
 ]
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("k", [63, 64, 520])
 def test_every_tile(tile, k):
-    m = 11 if isinstance(tile, NarrowTiles) else 150
+    m = 11 if tile.block_m == 16 else 150
     x, weight, scale = arguments(m, 50, k, torch.float32)
     bias = random(50)
     got = linear(x, weight, scale, bias, tile=tile)
@@ -131,16 +133,16 @@ def test_leading_axes_and_strides():
 @pytest.mark.parametrize("m", [1, 16, 32, 33, 128, 8192])
 @pytest.mark.parametrize("n", [1, 1024, 4096, 11008])
 def test_tiles_hold_the_tokens(capability, m, n):
-    if m <= 32:
-        assert narrow_tiles(capability, m, n, 4096).block_m >= m
-    else:
-        assert wide_tiles(capability, m, n, 4096).block_m >= 64
+    tile = int8_linear_tile(capability, m, n, 4096)
+    assert tile.block_m >= (m if m <= 32 else 64)
+    assert tile.name.startswith(f"int8_linear/sm_{capability}/")
 
 
 def test_unsupported_says_why():
     x, weight, scale = arguments(2, 3, 16, torch.float32)
-    assert unsupported(x, weight, scale) is None
-    assert "layout" in unsupported(x, None, scale)
-    assert quantizer.unsupported(x, 8, True) is None
-    assert quantizer.unsupported(x, 7, False) is None
-    assert "8 bits" in quantizer.unsupported(x, 8, False)
+    of_linear, of_quantizer = (KERNELS[op].unsupported for op in ("int8_linear", "quantize_per_token"))
+    assert of_linear(x, weight, scale) is None
+    assert "layout" in of_linear(x, None, scale)
+    assert of_quantizer(x, 8, True) is None
+    assert of_quantizer(x, 7, False) is None
+    assert "bits=8" in of_quantizer(x, 8, False)

@@ -14,6 +14,7 @@ triton_cases.require()
 sys.path.append(str(Path(__file__).parent.parent / "ops"))
 import cases  # noqa: E402
 import oracle  # noqa: E402
+from storage_layout import in_storage_layout  # noqa: E402
 from tcompress.kernels.triton.bindings import KERNELS  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
@@ -26,6 +27,7 @@ FLOATS = (
     "int8_linear_quantized",
     "int8_multi_linear",
     "int4_linear",
+    "int4_multi_linear",
     "sparse_linear",
     "int8_sparse_linear",
     "int4_sparse_linear",
@@ -58,22 +60,6 @@ def attention_samples():
 
 def samples(op):
     return (*attention_samples(),) if op == "quantized_attention" else cases.gpu_samples(op)
-
-
-def in_storage_layout(op, arguments):
-    """Arguments whose weights are in the layout of the CPU kernels alone, with the weights themselves."""
-    arguments = list(arguments)
-    if op == "int8_multi_linear":
-        weights, scales, kernels = arguments[1], arguments[2], arguments[4]
-        pairs = zip(weights, scales, kernels, strict=True)
-        k = arguments[0].shape[-1]
-        arguments[1] = [OPS["int8_unpack"].reference(kw, s.shape[0], k) if w is None else w for w, s, kw in pairs]
-    elif op.startswith("int8_linear"):
-        at = 3 if op == "int8_linear_quantized" else 1
-        if arguments[at] is None:
-            n, k = arguments[at + 1].shape[0], arguments[0].shape[-1]
-            arguments[at] = OPS["int8_unpack"].reference(arguments[at + 3], n, k)
-    return tuple(arguments)
 
 
 SAMPLES = [(op, i) for op in KERNELS if op not in ATTENTION for i, _ in enumerate(cases.gpu_samples(op))]

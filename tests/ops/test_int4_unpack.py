@@ -90,7 +90,11 @@ PACKED = ARGUMENTS["kernel_weight"]
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"kernel_weight": PACKED.view(torch.uint8)}, TypeError, "kernel_weight: got torch.uint8, expected int8"),
+        (
+            {"kernel_weight": PACKED.view(torch.uint8)},
+            TypeError,
+            "kernel_weight: got torch.uint8, expected int8, or int32 ",
+        ),
         ({"kernel_weight": PACKED[:-1]}, ValueError, "kernel_weight: got [1007], expected [1008] for N=5, K=70"),
         ({"kernel_weight": PACKED[None]}, ValueError, "kernel_weight: got [1, 1008], expected "),
         ({"kernel_weight": PACKED.repeat(2)}, ValueError, "kernel_weight: got [2016], expected "),

@@ -70,9 +70,22 @@ def test_gpt2():
     expected = {}
     for i in range(2):
         expected |= {f"transformer.h.{i}.ln_1": {f"transformer.h.{i}.attn.c_attn"}}
+        expected |= {f"transformer.h.{i}.attn.c_attn": {f"transformer.h.{i}.attn.c_proj"}}
         expected |= {f"transformer.h.{i}.ln_2": {f"transformer.h.{i}.mlp.c_fc"}}
     assert pairs == expected
     assert "transformer.wte" in reasons["transformer.ln_f"]
+
+
+def test_values_of_a_layer_that_gives_queries_and_keys_too():
+    model, inputs = made(gpt2)
+    pair = next(p for p in find_pairs(model, inputs)[0] if p.name.endswith("h.0.attn.c_attn"))
+    assert pair.size == 3 * 64
+    assert pair.consumers[0].channels.tolist() == list(range(128, 192))
+    before = model.transformer.h[0].attn.c_attn.weight.clone()
+    fold(pair, torch.full((192,), 4.0))
+    after = model.transformer.h[0].attn.c_attn.weight
+    assert torch.equal(after[:, :128], before[:, :128])
+    assert torch.equal(after[:, 128:], before[:, 128:] / 4)
 
 
 def test_t5():
@@ -271,6 +284,38 @@ def test_two_sources_of_one_reader():
     pairs, reasons = found(Gated().eval(), torch.randn(12, 8))
     assert pairs == {"gate": {"down"}}
     assert reasons["up"] == "down has its scales from gate"
+
+
+class Fused(nn.Module):
+    """Gate and up in one layer, and what a test does with the two."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.both, self.down, self.f = nn.Linear(8, 32), nn.Linear(16, 8), f
+
+    def forward(self, x):
+        return self.down(self.f(*self.both(x).chunk(2, -1)))
+
+
+@pytest.mark.parametrize(
+    ("f", "channels"),
+    [
+        (lambda a, b: F.silu(a) * b, range(16, 32)),
+        (lambda a, b: a * b.sigmoid(), range(16)),
+        (lambda a, b: a + b, None),
+        (lambda a, b: a * b, None),
+        (lambda a, b: a * a, None),
+        (lambda a, b: a * b.sigmoid() + b, None),
+    ],
+)
+def test_parts_of_a_layer(f, channels):
+    pairs, _ = find_pairs(Fused(f).eval(), torch.randn(12, 8))
+    if channels is None:
+        assert not pairs
+        return
+    (pair,) = pairs
+    got = pair.consumers[0].channels
+    assert got[got >= 0].tolist() == list(channels)
 
 
 def test_a_shared_block_is_a_pair_only_if_all_its_calls_agree():

@@ -158,6 +158,22 @@ def test_a_model_of_ones_own(tmp_path):
     assert wrong[0].out_features == 24
 
 
+def test_what_is_not_understood_is_reported():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b, self.c = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(self.norm(self.a(x)))))
+
+    result = shrink(Mixed().eval(), torch.randn(6, 8), structure="channels", ratio=0.5)
+    assert {x.name for x in result.report.compressed} == {"b", "c"}
+    assert {x.name: x.reason for x in result.report.skipped} == {
+        "a": "each of its outputs reaches every input of the next linear layer"
+    }
+
+
 def test_targets_and_too_little():
     result = shrink(made(bert), DATA, structure="channels", ratio=0.25, targets=["re:encoder.layer.0.*"])
     assert {x.name for x in result.report.compressed} == {

@@ -11,6 +11,7 @@ from calibrated import weight
 
 from tcompress.packing.codebook import CodebookWeight, pack_bits, unpack_bits
 from tcompress.packing.int4 import pack_int4
+from tcompress.quantize import Scheme, round_to_nearest
 from tcompress.share import kmeans_1d, kmeans_codebook
 
 
@@ -88,6 +89,16 @@ def test_each_weight_takes_the_nearest_stored_value():
     gaps = (w[:, :, None] - found.codebook.float()).abs()
     assert torch.allclose((found.dequantize(torch.float32) - w).abs(), gaps.amin(2))
     assert found.nbytes == 9 * 16 + 9 * 16 * 2
+
+
+@pytest.mark.parametrize(("rows", "better"), [(1, 0.75), (8, 0.85), (None, 0.85)])
+def test_against_rounding_to_a_grid(rows, better):
+    """Of as many bits and one scale a row."""
+    w = weight(64, 256) * torch.linspace(0.5, 1.5, 64)[:, None]
+    w[:, ::97] *= 3  # a few that are larger than the rest
+    rounded = round_to_nearest(w, Scheme.named("W4A16").weights).dequantize()
+    shared = kmeans_codebook(w, 4, rows).dequantize(torch.float32)
+    assert (shared - w).norm() < better * (rounded - w).norm()
 
 
 def test_importance_draws_the_values():

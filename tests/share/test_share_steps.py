@@ -201,6 +201,7 @@ def test_the_best_start_is_the_one_that_costs_least():
     with torch.no_grad():  # the second block does next to nothing, so the first one's weights must go
         for m in linears(model.encoder.layer[1]):
             m.weight.mul_(0.3)
+    model.requires_grad_(False)
     expected = model(**DATA)[0]
     errors = {init: compress(model, {"step": "share", "init": init}) for init in ("mean", "best")}
     costs = {k: float((r.model(**DATA)[0] - expected).square().sum()) for k, r in errors.items()}
@@ -208,6 +209,7 @@ def test_the_best_start_is_the_one_that_costs_least():
     for which in (0, 1):
         trial = made(bert)
         trial.load_state_dict(model.state_dict())
+        trial.requires_grad_(False)
         for a, b in zip(linears(trial.encoder.layer[0]), linears(trial.encoder.layer[1]), strict=True):
             a.weight = b.weight = (a, b)[which].weight
             a.bias = b.bias = (a, b)[which].bias

@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda, emulated, behind a C interface for tests/gpu/shim_library.py.
 
 #include "attention.cuh"
+#include "gate.cuh"
 #include "int4_linear.cuh"
 #include "int8_linear.cuh"
 #include "quantize_per_token.cuh"
@@ -130,6 +131,10 @@ int shim_int4_linear(const void* x, int type, const uint8_t* packed, const float
                      static_cast<DType>(y_type), static_cast<Activation>(activation)},
                     nullptr);
   });
+}
+
+int shim_gate(void* y, int type, const float* gate, int64_t count) {
+  return guarded([&] { run_gate({y, static_cast<DType>(type), gate, count}, nullptr); });
 }
 
 int64_t shim_two_four_bytes(int64_t n, int64_t k) { return TwoFourLayout(n, k).bytes; }
