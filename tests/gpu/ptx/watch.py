@@ -48,6 +48,8 @@ def of_products(kernel: Kernel) -> frozenset[int]:
 
 def watched(execute: Execute, ins: Instruction, held: frozenset[int]) -> Execute:
     """`execute`, which tells what it does to the registers `held`."""
+    if not held:
+        return execute
     used = frozenset(r.index for o in ins.operands for r in _registers(o)) & held
     if not used or ins.opcode == "wgmma":
         return execute
