@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from tcompress.kernels.triton import attention, attention_tiles, linear, linear_tiles
+from tcompress.kernels.triton import attention, attention_tiles, attention_varlen, linear, linear_tiles
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -99,12 +99,25 @@ def _empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
 
 
 def _attend(
-    architecture: int, d: int, s: int = 4096, causal: bool = False, mask: torch.dtype | None = None, lse: bool = False
+    architecture: int,
+    d: int,
+    s: int = 4096,
+    causal: bool = False,
+    mask: torch.dtype | None = None,
+    lse: bool = False,
+    value_bits: int = 16,
 ) -> object:
     q = _empty(1, 2, s, d)
     masks = None if mask is None else _empty(1, 2, s, s, dtype=mask)
-    tile = attention_tiles.tiles(architecture, attention.attention_prepare.padded_head(d), s, mask is not None)
-    return attention.attention(q, q, q, masks, causal=causal, return_lse=lse, tile=tile)
+    head = attention.attention_prepare.padded_head(d)
+    tile = attention_tiles.tiles(architecture, head, s, mask is not None, value_bits)
+    return attention.attention(q, q, q, masks, causal=causal, return_lse=lse, tile=tile, value_bits=value_bits)
+
+
+def _attend_varlen(architecture: int, d: int, s: int = 4096, sequences: int = 1, causal: bool = True) -> object:
+    q, offsets = _empty(s * sequences, 2, d), _empty(sequences + 1, dtype=torch.int64)
+    tile = attention_tiles.tiles(architecture, d, s, False)
+    return attention_varlen.attention_varlen(q, q, q, offsets, offsets, right=0 if causal else -1, tile=tile)
 
 
 def _linear(
@@ -127,6 +140,11 @@ def _variants() -> Iterator[Variant]:
     for d in (64, 128):
         for kind, mask in (("bool", torch.bool), ("float", HALF)):
             yield Variant(f"attention d{d} {kind} mask", "attend", partial(_attend, d=d, mask=mask))
+    for d in (64, 128):
+        for causal in (False, True):
+            name = f"attention d{d} values in int8" + (" causal" if causal else "")
+            yield Variant(name, "attend", partial(_attend, d=d, causal=causal, value_bits=8))
+        yield Variant(f"attention d{d} varlen causal", "attend_varlen", partial(_attend_varlen, d=d))
     yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(_attend, d=128, lse=True))
     yield Variant("attention d128 means", "key_sums", partial(_attend, d=128))
     yield Variant("linear m8192", "linear_wide", partial(_linear, m=8192))

@@ -44,15 +44,20 @@ _ANY_SHORT = Tiles(64, 64, 4, 2, ones=True)
 _ANY_64 = Tiles(128, 128, 8, 3, ones=True)
 _ANY_128 = Tiles(128, 64, 8, 3, ones=True)
 _ANY_256 = Tiles(64, 32, 8, 3, ones=True)
+# With values in int8 the sums of the second product are in registers beside the output.
+_HOPPER_INT8_128 = Tiles(128, 64, 8, 3, ones=True)
+_ANY_INT8_128 = Tiles(128, 64, 8, 3)
 _MASK_64 = Tiles(64, 32, 4, 2)
 _MASK = Tiles(64, 32, 8, 2)
 
 
-def tiles(capability: int, head: int, sq: int, masked: bool) -> Tiles:
+def tiles(capability: int, head: int, sq: int, masked: bool, value_bits: int = 16) -> Tiles:
     """For a head padded to `head`, `sq` queries and a mask tensor or none, on compute capability 80, 86, 90, …"""
     hopper = 90 <= capability < 100
     if masked:
         return _MASK_64 if head <= 64 else _MASK
+    if value_bits == 8 and head > 64:
+        return _ANY_256 if head > 128 else _HOPPER_INT8_128 if hopper else _ANY_INT8_128
     if not hopper:
         if head <= 64:
             return _ANY_SHORT if sq <= SHORT else _ANY_64
