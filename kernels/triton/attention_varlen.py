@@ -128,7 +128,9 @@ def attention_varlen(
     if tile is None:
         average = q_tokens // max(sequences, 1)
         options = f"{right >= 0} {left >= 0} {softcap > 0} {return_lse}"
-        sizes = f"{heads}x{kv_heads} {autotune.tokens(q_tokens)}:{autotune.tokens(k_tokens)}:{autotune.tokens(sequences)}"
+        sizes = (
+            f"{heads}x{kv_heads} {autotune.tokens(q_tokens)}:{autotune.tokens(k_tokens)}:{autotune.tokens(sequences)}"
+        )
         stored = tiles(capability(q), max(dp, dvp), average, softcap > 0 or left >= 0)
         tile = autotune.choose(
             "quantized_attention_varlen", f"{sizes} {dp}x{dvp} {q.dtype} {options}", stored,

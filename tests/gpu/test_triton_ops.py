@@ -22,8 +22,8 @@ from tcompress.nn.quantized_linear import multi_linear  # noqa: E402
 from tcompress.ops._registry import OPS  # noqa: E402
 
 FLOATS = ("int8_linear", "int8_linear_quantized", "int8_multi_linear", "int4_linear")
-#: Tests of their error: test_triton_attention, test_triton_decode.
-ATTENTION = ("quantized_attention", "kv_cache_attention")
+#: Tests of their error: test_triton_attention, test_triton_attention_varlen, test_triton_decode.
+ATTENTION = ("quantized_attention", "quantized_attention_varlen", "kv_cache_attention")
 
 
 @pytest.fixture(autouse=True)
