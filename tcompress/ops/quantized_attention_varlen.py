@@ -32,8 +32,8 @@ def quantized_attention_varlen(
     """`quantized_attention` of each of N sequences by itself, without padding.
 
     Sequence n has the queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1] - 1` and the keys and values likewise; the
-    numbers are those of a call with that sequence alone, bit for bit. (On a GPU: if both run with the same tile, and all
-    keys together are at most 8192, beyond which means of keys may be summed in another order.)
+    numbers are those of a call with that sequence alone, bit for bit. (On a GPU: if both run with the same tile, and
+    all keys together are at most 8192, beyond which means of keys may be summed in another order.)
 
     Args:
         q: [Tq, H, D], float32, bfloat16 or float16; the tokens of all sequences.

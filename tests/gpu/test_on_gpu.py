@@ -6,6 +6,7 @@ Skipped without a GPU. `make test-gpu` runs it.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_graph_of_sequences_laid_end_to_end():
     for others in ([0, 1, 700, 900], [0, 300, 300, 850]):
         ends.copy_(torch.tensor(others))
         graph.replay()
-        for first, end in zip(others[:-1], others[1:], strict=True):
+        for first, end in pairwise(others):
             if first == end:
                 continue
             one = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
