@@ -121,6 +121,10 @@ def _variants() -> Iterator[Variant]:
     for d in (64, 128):
         for kind, mask in (("bool", torch.bool), ("float", torch.float16)):
             yield Variant(f"attention d{d} {kind} mask", "attend", partial(attend, d, 4096, mask=mask))
+        for causal in (False, True):
+            name = f"attention d{d} values in int8" + (" causal" if causal else "")
+            yield Variant(name, "attend", partial(attend, d, 4096, causal=causal, value_bits=8))
+        yield Variant(f"attention d{d} varlen causal", "attend_varlen", partial(gpu_launches.varlen, d, right=0))
     yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(attend, 128, 4096, return_lse=True))
     yield Variant("attention d128 means", "key_sums", partial(attend, 128, 4096))
     yield Variant("decode d128", "decode_split", gpu_launches.decode)

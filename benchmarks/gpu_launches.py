@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from tcompress.kernels.triton.attention import attention
+from tcompress.kernels.triton.attention_varlen import attention_varlen
 from tcompress.kernels.triton.block_panels import BlockRows
 from tcompress.kernels.triton.block_sparse_linear import block_sparse_linear
 from tcompress.kernels.triton.decode import kv_cache_attention
@@ -51,11 +52,19 @@ def empty(*shape: int, dtype: torch.dtype = F16) -> torch.Tensor:
 
 
 def attend(
-    head: int, sq: int, dtype: torch.dtype = F16, mask: torch.dtype | None = None, heads: int = 4, **options: bool
+    head: int, sq: int, dtype: torch.dtype = F16, mask: torch.dtype | None = None, heads: int = 4, **options: int
 ) -> None:
     q, k, v = (empty(1, h, sq, head, dtype=dtype) for h in (heads, 2, 2))
     masks = None if mask is None else empty(1, 1, sq, sq, dtype=mask).expand(1, heads, sq, sq)
     attention(q, k, v, masks, **options)
+
+
+def varlen(
+    head: int, tokens: int = 4096, sequences: int = 1, dtype: torch.dtype = F16, heads: int = 4, **options: float
+) -> None:
+    q, k, v = (empty(tokens * sequences, h, head, dtype=dtype) for h in (heads, 2, 2))
+    offsets = empty(sequences + 1, dtype=torch.int64)
+    attention_varlen(q, k, v, offsets, offsets, **options)
 
 
 def decode(
@@ -175,6 +184,8 @@ def one_of_each() -> None:
     for m, bits in ((16, 8), (64, None), (256, None)):
         int4(m, bits, activation="silu")
     decode()
+    varlen(64, right=0)
+    attend(64, 4096, value_bits=8)
     two_four(64)
     block_sparse(64, (16, 16))
     block_sparse(64, (16, 16), BF16)
@@ -192,6 +203,12 @@ def every() -> None:
     attend(32, 4096)
     attend(64, 300, dtype=BF16, mask=torch.bool, causal=True)
     attend(256, 300, dtype=F32, mask=F32)
+    for head in (64, 128, 256):
+        attend(head, 4096, value_bits=8)
+        varlen(head, right=0)
+    attend(128, 300, dtype=BF16, causal=True, value_bits=8)
+    varlen(64, 60, 5, dtype=F32)
+    varlen(128, 60, 5, BF16, left=100, right=0, softcap=20.0)
     for d, sq, length in ((64, 1, 4096), (64, 6, 300), (128, 1, 64), (128, 16, 4096), (256, 6, 300), (64, 16, 300)):
         decode(d, sq=sq, length=length, lse=length < 4096)
     decode(80, mask=torch.bool)

@@ -77,17 +77,11 @@ def _attention(
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
     bits: int = 8,
-    bottom_right: bool = False,
-    left: int = -1,
-    right: int = -1,
-    softcap: float = 0.0,
     *args: Any,
     **kwargs: Any,
 ) -> str | None:
     if bits != 8:
         return f"bits={bits}: the CUDA kernel has 8"
-    if softcap:
-        return "the CUDA kernel has no softcap"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD:
         return f"a head of more than {MAX_HEAD}"
     return None

@@ -14,13 +14,14 @@
 //     at the bits of 1.5 · 2^23, so that their bits are the float 1.5 · 2^23 + x: the conversion costs nothing.
 //  3. plain: the maximum is taken of x before scaling, then p = 2^(x c - top) is one fused multiply-add and one exp2;
 //     what that rounds, up to 0.75 c, is the same for all keys of the step. masked: s = x c + mask, -inf where a query
-//     does not see a key.
+//     does not see a key; with a softcap, which is no shift of all scores, all steps are, and x c gets back what
+//     smoothing took before it is capped.
 //  4. `top` follows the running maximum only when it rises by more than 2^8 (P in float16 holds 2^8): the output is
 //     multiplied in few steps instead of all.
 //  5. O += P V, and the sums of P are one more product, with ones: no additions, no shuffles at the end.
 //  6. Divide by the sums; zeros where a query has seen no key.
 //
-// Constraints (`unsupported` of the op says the same): D and Dv at most 256, bits 8, no softcap. v: attention_takes_v.
+// Constraints (`unsupported` of the op says the same): D and Dv at most 256, bits 8. v: attention_takes_v.
 // Heads are padded to 64, 128 or 256. Compute capability 8.0 or above. A value token that is not finite spoils all
 // queries of the blocks that touch it, seen or not (0 · NaN). Not measured on a GPU.
 //
@@ -32,12 +33,12 @@
 
 namespace tcompress::cuda {
 
-template <int kHead, bool kBFloat16, bool kHasMask>
+template <int kHead, bool kBFloat16, bool kOptions>
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ AttentionArgs args) {
   using Tile = AttentionTile<kHead>;
   const AttentionLayout layout(args);
   const BlockOfQueries at(args, blockIdx.x, Tile::kQueries);
-  const KeySteps steps(args, at.m0, Tile::kQueries, !kHasMask);
+  const KeySteps steps(args, at.m0, Tile::kQueries, !kOptions);
   const ptx::SharedPtr q_at = ptx::shared_base(), stages = q_at + Tile::kQueryBytes;
   const int64_t q_row = at.bh * layout.sqp + at.m0;
   const char* k = part<char>(args.workspace, layout.k) + at.kv * layout.skp * kHead;
@@ -80,14 +81,18 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
                                                          Tile::kQueries, kHead);
   queries.copy_next(q_at, threadIdx.x, kHead);
   if (steps.first < steps.last) copy_block(steps.first, threadIdx.x);
-  AttentionWarp<kHead, kBFloat16, kHasMask> state{args, threadIdx.x};
+  AttentionWarp<kHead, kBFloat16, kOptions> state{args, threadIdx.x};
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) state.top[i][half] = -INFINITY;
-  if (threadIdx.x < Tile::kQueries)
+  if (threadIdx.x < Tile::kQueries) {
     ptx::store_shared(q_at + Tile::kScalesAt + threadIdx.x * 4,
                       part<float>(args.workspace, layout.q_scale)[q_row + threadIdx.x]);
+    if (kOptions && args.softcap > 0.f)
+      ptx::store_shared(q_at + Tile::kShiftsAt + threadIdx.x * 4,
+                        part<float>(args.workspace, layout.shift)[q_row + threadIdx.x] * args.scale * kLog2E);
+  }
   ptx::cp_async_commit();
   if (state.kHoldQ) ptx::cp_async_wait<0>();
   ptx::barrier();
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
       state.template step<true>(arrive(block, thread), block, scale, thread);
       ++block;
     }
-    if constexpr (!kHasMask) {
+    if constexpr (!kOptions) {
       while (block < plain_last()) {
         const unsigned thread = state.thread();
         const float scale = *k_scale++;
@@ -120,7 +125,7 @@ void launch_attention(const AttentionArgs& args, const AttentionLayout& layout, 
   prepare_attention<kHead>(args, layout, stream);
   const unsigned blocks = static_cast<unsigned>(args.batch * args.heads * (layout.sqp / Tile::kQueries));
   const bool bfloat16 = args.v_type == DType::kBFloat16;
-  const auto kernel = args.mask.data != nullptr
+  const auto kernel = args.mask.data != nullptr || args.softcap > 0.f
                           ? (bfloat16 ? attention_kernel<kHead, true, true> : attention_kernel<kHead, false, true>)
                           : (bfloat16 ? attention_kernel<kHead, true, false> : attention_kernel<kHead, false, false>);
   launch("attention", kernel, {blocks}, kAttentionThreads, Tile::kSharedBytes, stream, args);

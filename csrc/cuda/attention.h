@@ -35,6 +35,7 @@ struct AttentionArgs {
   AttentionMask mask;
   int64_t offset, left, right;  // at most kMaxTokens, as Sq and Skv
   float scale;                  // of the scores; may be negative
+  float softcap;                // c > 0: a score s counts as c · tanh(s / c), before the mask; 0: as it is
   void* out;                    // [B, Sq, H, Dv]
   float* lse;                   // [B, H, Sq], log of the softmax's denominator, or null
   void* workspace;              // attention_workspace_bytes, aligned to 16

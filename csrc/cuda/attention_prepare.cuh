@@ -7,9 +7,10 @@
 //  of
 //     2. Keys, less their mean: one scale for the 64, so that the kernel finds the maximum before it scales.
 //
-// Smoothing K leaves the softmax as it is but takes scale · q·mean from the logarithm of its denominator; `shift` gives
-// it back. A query that is not finite has scale NaN; so has a block of keys with a key that is not, and every query
-// that sees a key of that block becomes NaN. All padding is 0. Not measured on a GPU.
+// Smoothing K leaves the softmax as it is but takes scale · q·mean from the logarithm of its denominator, and from what
+// a softcap is applied to; `shift` gives it back. A query that is not finite has scale NaN; so has a block of keys with
+// a key that is not, and every query that sees a key of that block becomes NaN. All padding is 0. Not measured on a
+// GPU.
 //
 // Paper: Zhang et al. (SageAttention), arXiv 2410.02367, section 4.2.
 #pragma once
@@ -113,7 +114,7 @@ __device__ __forceinline__ void quantize_queries(const AttentionArgs& args, cons
     if (lane == 0)
       part<float>(args.workspace, layout.q_scale)[at] =
           ptx::multiply(scale.scale, ptx::multiply(fabsf(args.scale), kLog2E));
-    if (args.lse == nullptr) continue;
+    if (args.lse == nullptr && args.softcap == 0.f) continue;
     float shift = 0.f;
 #pragma unroll
     for (int i = 0; i < kMine; ++i)

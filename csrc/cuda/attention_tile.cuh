@@ -15,7 +15,8 @@ struct AttentionTile {
   // Two of the widest would not fit into the 99 KiB of 8.6 and 8.9.
   static constexpr int kStages = kHead == 256 ? 1 : 2;
   static constexpr int kScalesAt = kQueryBytes + kStages * kStageBytes;  // of the queries
-  static constexpr int kBoundsAt = kScalesAt + kQueries * 4, kSharedBytes = kBoundsAt + 16;
+  static constexpr int kShiftsAt = kScalesAt + kQueries * 4;             // what smoothing K took from their scores
+  static constexpr int kBoundsAt = kShiftsAt + kQueries * 4, kSharedBytes = kBoundsAt + 16;
 
   // Offset of a chunk in rows of kHead bytes (Q, K) or 2 kHead bytes (V). Adding eight rows, or eight chunks, leaves
   // the swizzle as it is; a lane's other chunks differ from its first in bits that an exclusive or sets. All tiles

@@ -12,7 +12,8 @@ constexpr float kRise = 8.f;             // of `top`, in exponents of 2
 constexpr float kLowestMask = -1.0e38f;  // a finite entry of a mask does not hide its key
 constexpr float kLn2 = 0.6931471805599453f;
 
-template <int kHead, bool kBFloat16, bool kHasMask>
+// kOptions: there is a mask tensor or a softcap.
+template <int kHead, bool kBFloat16, bool kOptions>
 struct AttentionWarp {
   using Tile = AttentionTile<kHead>;
   static constexpr int kRowTiles = Tile::kRowTiles, kValueTiles = kHead / 8, kSteps = kHead / 32;
@@ -56,8 +57,12 @@ struct AttentionWarp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) held_scale[i][half] = load_scale(i, half, held_thread);
   }
+  // Of a number for each query, in shared memory from `begin` on.
+  __device__ __forceinline__ static float load_row(int begin, int i, int half, unsigned thread) {
+    return ptx::load_shared<float>(ptx::shared_base() + begin + (row_of(thread) + i * 16 + half * 8) * 4);
+  }
   __device__ __forceinline__ static float load_scale(int i, int half, unsigned thread) {
-    return ptx::load_shared<float>(ptx::shared_base() + Tile::kScalesAt + (row_of(thread) + i * 16 + half * 8) * 4);
+    return load_row(Tile::kScalesAt, i, half, thread);
   }
   __device__ __forceinline__ float q_scale(int i, int half, unsigned thread) const {
     return kHoldQ ? held_scale[kHoldQ ? i : 0][half] : load_scale(i, half, thread);
@@ -90,9 +95,43 @@ struct AttentionWarp {
     }
   }
 
-  // Scores in place of x: scaled, masked, as the bits of floats.
-  __device__ __forceinline__ void mask_scores(int32_t (&x)[kRowTiles][kKeyTiles][4], int first_key, float k_scale,
-                                              unsigned thread) {
+  // softcap · tanh(s / softcap) of a score in exponents of 2: tanh x = 1 - 2 / (1 + e^2x), off by 2^-22 of the softcap.
+  __device__ __forceinline__ float softcapped(float s) const {
+    const float cap = args.softcap * kLog2E, e = ptx::exp2_approximate(s * (2.f / args.softcap));
+    return ptx::fused_multiply_add(-2.f * cap, ptx::reciprocal_approximate(1.f + e), cap);
+  }
+
+  // Scores in place of x: scaled, and capped, as the bits of floats.
+  __device__ __forceinline__ void scale_scores(int32_t (&x)[kRowTiles][kKeyTiles][4], float k_scale, unsigned thread) {
+    const bool has_cap = kOptions && args.softcap > 0.f;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float c = q_scale(i, half, thread) * k_scale;
+        const auto score = [&](int j, int e) {
+          return (ptx::from_bits(static_cast<uint32_t>(x[i][j][half * 2 + e])) - kBias) * c;
+        };
+        const auto keep = [&](int j, int e, float s) { x[i][j][half * 2 + e] = static_cast<int32_t>(ptx::to_bits(s)); };
+        if (has_cap) {
+          const float shift = load_row(Tile::kShiftsAt, i, half, thread);
+#pragma unroll
+          for (int j = 0; j < kKeyTiles; ++j) {
+            keep(j, 0, softcapped(score(j, 0) + shift));
+            keep(j, 1, softcapped(score(j, 1) + shift));
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kKeyTiles; ++j) {
+            keep(j, 0, score(j, 0));
+            keep(j, 1, score(j, 1));
+          }
+        }
+      }
+  }
+
+  // -inf in place of the scores of keys that are not seen; a float mask added to the others.
+  __device__ __forceinline__ void mask_scores(int32_t (&x)[kRowTiles][kKeyTiles][4], int first_key, unsigned thread) {
     const BlockOfQueries at(args, ptx::block_anew(), Tile::kQueries);
     const int lane = static_cast<int>(thread % kWarpSize), row = at.m0 + row_of(thread);
     const int column = lane % 4 * 2;
@@ -103,7 +142,6 @@ struct AttentionWarp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int m = row + i * 16 + half * 8, position = m + static_cast<int>(args.offset) - first_key;
-        const float c = q_scale(i, half, thread) * k_scale;
         // the keys that it sees, counted from this lane's first
         int end = right >= 0 ? position + right + 1 : keys;
         if (TC_PLANTED(kWrongMask)) ++end;
@@ -111,14 +149,14 @@ struct AttentionWarp {
         const int low = left >= 0 ? position - left - column : -column;
         const int64_t entry = at.b * args.mask.stride_b + at.h * args.mask.stride_h + m * args.mask.stride_m +
                               static_cast<int64_t>(first_key + column) * args.mask.stride_n;
-        const bool has_mask = kHasMask && m < args.sq;
+        const bool has_mask = kOptions && args.mask.data != nullptr && m < args.sq;
 #pragma unroll
         for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = j * 8 + e;
             bool seen = key >= low && key < high;
-            float s = (ptx::from_bits(static_cast<uint32_t>(x[i][j][half * 2 + e])) - kBias) * c;
+            float s = ptx::from_bits(static_cast<uint32_t>(x[i][j][half * 2 + e]));
             if (has_mask && seen) {
               const int64_t one = entry + key * args.mask.stride_n;
               if (args.mask.boolean) {
@@ -186,7 +224,10 @@ struct AttentionWarp {
     int32_t x[kRowTiles][kKeyTiles][4];
     const unsigned lane = thread % kWarpSize;
     scores(x, stage, thread);
-    if (kMasked) mask_scores(x, block * kKeyBlock, k_scale, thread);
+    if (kMasked) {
+      scale_scores(x, k_scale, thread);
+      mask_scores(x, block * kKeyBlock, thread);
+    }
     raise<kMasked>(x, k_scale, thread);
     float c[kRowTiles][2], minus_top[kRowTiles][2];
 #pragma unroll
@@ -225,11 +266,16 @@ struct AttentionWarp {
     }
   }
 
+  // q · mean of K, which smoothing K took from the scores.
+  __device__ __forceinline__ float shift_of(int64_t bh, int64_t m) const {
+    const AttentionLayout layout(args);
+    return part<float>(args.workspace, layout.shift)[bh * layout.sqp + m];
+  }
+
   // 6.
   __device__ __forceinline__ void store() {
     // computed anew, so that it need not live in registers through the loops
     const BlockOfQueries block(args, ptx::block_anew(), Tile::kQueries);
-    const AttentionLayout layout(args);
     const int lane = threadIdx.x % kWarpSize, row = block.m0 + row_of(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -248,9 +294,9 @@ struct AttentionWarp {
           store_pair(element_at(args.out, args.type, at + column), y0, y1, static_cast<int>(args.dv) - column);
         }
         if (args.lse != nullptr && lane % 4 == 0) {
-          const float shift = part<float>(args.workspace, layout.shift)[block.bh * layout.sqp + m];
+          const float shift = args.softcap > 0.f ? 0.f : args.scale * shift_of(block.bh, m);
           args.lse[block.bh * args.sq + m] =
-              empty ? -INFINITY : (top[i][half] + ptx::log2_approximate(total)) * kLn2 + args.scale * shift;
+              empty ? -INFINITY : (top[i][half] + ptx::log2_approximate(total)) * kLn2 + shift;
         }
       }
   }

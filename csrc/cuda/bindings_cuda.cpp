@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor> quantized_attention(const Tensor& q_in, const Tensor&
                                                int64_t left, int64_t right, double softcap, double scale,
                                                bool return_lse) {
   require(q_in.dim() == 4 && k_in.dim() == 4 && v_in.dim() == 4, "quantized_attention: q, k, v: expected [B, H, S, D]");
-  require(bits == 8 && softcap == 0, "quantized_attention: bits, softcap: expected 8 and none on CUDA");
+  require(bits == 8, "quantized_attention: bits: expected 8 on CUDA");
+  require(softcap >= 0 && std::isfinite(softcap), "quantized_attention: softcap: expected a number above 0, or 0");
   for (const auto& t : {std::optional<Tensor>(k_in), std::optional<Tensor>(v_in), mask}) on_same_device(q_in, t);
   const OnDevice on(q_in);
   const Tensor q = channels_last(q_in), k = channels_last(k_in);
@@ -235,7 +236,7 @@ std::tuple<Tensor, Tensor> quantized_attention(const Tensor& q_in, const Tensor&
   args.mask = mask_of(mask, {args.batch, args.heads, args.sq, args.skv});
   args.offset = bottom_right ? args.skv - args.sq : 0;
   args.left = std::min(left, cuda::kMaxTokens), args.right = std::min(right, cuda::kMaxTokens);
-  args.scale = static_cast<float>(scale);
+  args.scale = static_cast<float>(scale), args.softcap = static_cast<float>(softcap);
   args.out = out.data_ptr();
   args.lse = return_lse ? static_cast<float*>(lse.data_ptr()) : nullptr;
   const Tensor workspace = torch::stable::new_empty(q, {cuda::AttentionLayout(args).bytes}, ScalarType::Byte);

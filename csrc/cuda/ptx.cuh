@@ -216,6 +216,12 @@ TC_PTX float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
+// One unit in the last place; of infinity 0.
+TC_PTX float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
 TC_PTX float log2_approximate(float x) { return __log2f(x); }
 // Of two numbers, one NaN: the other.
 TC_PTX float maximum(float a, float b) { return fmaxf(a, b); }

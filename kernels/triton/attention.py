@@ -97,7 +97,8 @@ def attend(
     tl.store(out_at, acc.to(OUT.dtype.element_ty), mask=inside[:, None] & columns_ok)
     if HAS_LSE:
         if not SOFTCAP:
-            log += tl.load(SHIFT + padded + rows) * scale
+            shifted = log + tl.load(SHIFT + padded + rows) * scale
+            log = tl.where(log == float("-inf"), log, shifted)  # a shift may be NaN
         tl.store(LSE + (bh.to(tl.int64) * sq + first) + rows, log, mask=inside)
 
 
@@ -156,7 +157,7 @@ def attention(
             f" {value_bits}"
         )
         sizes = f"{b}x{heads}x{kv_heads} {autotune.tokens(sq)}x{autotune.tokens(skv)} {dp}x{dvp} {q.dtype} {options}"
-        stored = tiles(capability(q), max(dp, dvp), sq, masked)
+        stored = tiles(capability(q), max(dp, dvp), sq, masked, value_bits)
         tile = autotune.choose(
             "quantized_attention", sizes, stored,
             lambda: candidates(stored),

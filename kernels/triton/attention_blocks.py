@@ -69,8 +69,9 @@ def _add_int8_block(acc, total, keep, share, p, v, ONES: tl.constexpr):
     else:
         total = total * keep + tl.sum(biased - BIAS, 1) * share
     # at most 127 · 127 · 256 < 2^22
-    products = biased_float(tl.dot(weights, v, out_dtype=tl.int32)) - BIAS
-    return acc * keep[:, None] + products * share[:, None], total
+    products = biased_float(tl.dot(weights, v, out_dtype=tl.int32))
+    # BIAS is taken off in the same fused multiply-add that rescales: it rounds by a half of a product of 127²
+    return products * share[:, None] + (acc * keep[:, None] - (share * BIAS)[:, None]), total
 
 
 @triton.jit

@@ -7,8 +7,8 @@ Sequence n has the tokens offsets[n] to offsets[n + 1] - 1. Its blocks of BLOCK 
 on. That leaves room for all of them, start(n + 1) - start(n) >= ceil(length / BLOCK), and needs T // BLOCK + N numbers
 in all, which the host knows; some stay unused. A program finds its sequence by bisection.
 
-Behind the last offset there is one more sequence, to the end of the tensor: of a buffer that is longer than what it
-holds. Offsets are held to [0, T], so that wrong ones cannot lead out of the tensors.
+Behind the last offset there is one more sequence, to the end of the tensor: a buffer may be longer than what it holds.
+Offsets are held to [0, T], so that wrong ones cannot lead out of the tensors.
 """
 
 from __future__ import annotations

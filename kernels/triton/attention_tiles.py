@@ -32,6 +32,9 @@ TILES = TileTable(
         "head of 64": attention_tile(128, 128, 8, 3, ones=True),
         "head of 128": attention_tile(128, 64, 8, 3, ones=True),
         "head of 256": attention_tile(64, 32, 8, 3, ones=True),
+        # Sums of the second product are in registers beside the output.
+        "head of 128, values in int8": attention_tile(128, 64, 8, 3),
+        "head of 256, values in int8": attention_tile(64, 32, 8, 3, ones=True),
         "mask, head of 64": attention_tile(64, 32, 4, 2),
         "mask": attention_tile(64, 32, 8, 2),
     },
@@ -42,14 +45,17 @@ TILES = TileTable(
         "head of 64": attention_tile(128, 128, 4, 3, ones=True),
         "head of 128": attention_tile(128, 64, 8, 3, registers=128),
         "head of 256": attention_tile(128, 64, 8, 2, ones=True),
+        "head of 128, values in int8": attention_tile(128, 64, 8, 3, ones=True),
     },
 )
 
 
-def tiles(capability: int, head: int, sq: int, masked: bool) -> TileConfig:
+def tiles(capability: int, head: int, sq: int, masked: bool, value_bits: int = 16) -> TileConfig:
     """For a head padded to `head`, `sq` queries and a mask tensor or none, on compute capability 80, 86, 90, …"""
     if masked:
         role = "mask, head of 64" if head <= 64 else "mask"
+    elif value_bits == 8 and head > 64:
+        role = "head of 128, values in int8" if head <= 128 else "head of 256, values in int8"
     elif head <= 128 and sq <= (SHORT if head <= 64 else 64):
         role = "short"
     else:

@@ -86,7 +86,8 @@ def attend_varlen(
     tl.store(out_at, acc.to(OUT.dtype.element_ty), mask=inside[:, None] & columns_ok)
     if HAS_LSE:
         if not SOFTCAP:
-            log += tl.load(SHIFT + padded + rows) * scale
+            shifted = log + tl.load(SHIFT + padded + rows) * scale
+            log = tl.where(log == float("-inf"), log, shifted)  # a shift may be NaN
         tl.store(LSE + (h * q_tokens + token) + rows, log, mask=inside)
 
 

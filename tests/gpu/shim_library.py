@@ -204,6 +204,7 @@ class Library:
         left: int = -1,
         right: int = -1,
         scale: float | None = None,
+        softcap: float = 0.0,
     ) -> Attention:
         """As the binding does it; q, k, v [B, H, S, D], the mask of shape [B, H, Sq, Skv]."""
         b, h, sq, d = q.shape
@@ -232,7 +233,7 @@ class Library:
         self.call(
             "attention", q, k, v, mask, boolean, mask_type, DTYPES.index(q.dtype), DTYPES.index(v_dtype),
             shape, strides, skv - sq if bottom_right else 0, left, 0 if causal else right,
-            float(d**-0.5 if scale is None else scale), out.tensor, lse.tensor, workspace,
+            float(d**-0.5 if scale is None else scale), float(softcap), out.tensor, lse.tensor, workspace,
         )  # fmt: skip
         return Attention(out.check().transpose(1, 2), lse.check(), workspace, offsets.tolist(), (b, h, kv_heads))
 

@@ -143,14 +143,15 @@ def test_attention(d, causal, dtype):
         kind = FLOAT16 if dtype == torch.float16 else BFLOAT16
         sizes = [np.int64(i) for i in (1, h, kv_heads, sq, skv, d, d)]
         mask = [NULL, np.uint8(0), FLOAT32, *[np.int64(0)] * 4]
-        window = [np.int64(skv - sq), np.int64(-1), np.int64(0 if causal else -1), np.float32(d**-0.5)]
+        window = [np.int64(skv - sq), np.int64(-1), np.int64(0 if causal else -1)]
+        window += [np.float32(d**-0.5), np.float32(0)]
         buffers = [ptx.Buffer(out, written=False), ptx.Buffer(lse, written=False), ptx.Buffer(workspace, written)]
         return [ptx.Struct((*heads, kind, kind, *sizes, *mask, *window, *buffers))]
 
     run("attention", "key_sums", 3 * kv_heads, 128, args(False))
     run("attention", "key_mean", kv_heads, 128, args(True))
     run("attention", f"quantize_queries_and_keys_kernelILi{d}E", h * sqp // 64 + kv_heads * 3, 128, args(True), 16)
-    shared = 128 * d + 2 * 3 * 64 * d + 128 * 4 + 16
+    shared = 128 * d + 2 * 3 * 64 * d + 2 * 128 * 4 + 16
     run("attention", f"attention_kernelILi{d}ELb{int(dtype == torch.bfloat16)}ELb0E", h, 128, args(True), shared)
 
     mean = attention_numbers.key_mean(k.float())

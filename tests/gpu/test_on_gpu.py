@@ -6,6 +6,7 @@ Skipped without a GPU. `make test-gpu` runs it.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ UNSUPPORTED = {
 WHY_NOT = {"triton": triton_backend.WHY_NO_TRITON, "cuda": cuda_backend.WHY_NOT}
 PAIRS = [(name, op) for name, table in UNSUPPORTED.items() for op in table]
 #: Attention has integers of its own (a scale a block of keys); its P and V are 16-bit floats.
-LIMITS = {"quantized_attention": 0.025, "kv_cache_attention": 2e-3}
+LIMITS = {"quantized_attention": 0.025, "quantized_attention_varlen": 0.025, "kv_cache_attention": 2e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +177,58 @@ def test_weight_only_module(name, tokens):
             assert relative(expected, y.cpu()) <= 8e-3
     module.to("cpu")
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in state.items())
+
+
+def normal(*shape, dtype=torch.float16, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("value_bits", [16, 8])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_attention_of_every_tile_against_float64(d, value_bits):
+    if WHY_NOT["triton"]:
+        pytest.skip(WHY_NOT["triton"])
+    from tcompress.kernels.triton.attention import attention
+
+    for tokens in (64, 1000, 4096):
+        q, k, v = (normal(1, 2, tokens, d, seed=i) for i in range(3))
+        for causal in (False, True):
+            s = q.double() @ k.double().mT * d**-0.5
+            if causal:
+                s = s.masked_fill(torch.ones(tokens, tokens, device="cuda").triu(1).bool(), -torch.inf)
+            expected = torch.softmax(s, -1) @ v.double()
+            out, lse = attention(q, k, v, causal=causal, return_lse=True, value_bits=value_bits)
+            assert ((out - expected).abs().sum() / expected.abs().sum()).item() <= 0.021
+            assert (lse - torch.logsumexp(s, -1)).abs().max() < 0.06
+
+
+def test_a_graph_of_sequences_laid_end_to_end():
+    """Captured once, replayed with other lengths; each sequence as the dense kernel has it."""
+    if WHY_NOT["triton"]:
+        pytest.skip(WHY_NOT["triton"])
+    from tcompress.kernels.triton.attention import attention
+    from tcompress.kernels.triton.attention_tiles import Tiles
+    from tcompress.kernels.triton.attention_varlen import attention_varlen
+
+    tile = Tiles(64, 64, 4, 2)
+    q, k, v = normal(900, 4, 64), normal(900, 2, 64, seed=1), normal(900, 2, 64, seed=2)
+    ends = torch.tensor([0, 900, 900, 900], device="cuda")
+
+    def run():
+        return attention_varlen(q, k, v, ends, ends, right=0, return_lse=True, tile=tile)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run()
+    for others in ([0, 1, 700, 900], [0, 300, 300, 850]):
+        ends.copy_(torch.tensor(others))
+        graph.replay()
+        for first, end in pairwise(others):
+            if first == end:
+                continue
+            one = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+            expected, expected_lse = attention(*one, causal=True, return_lse=True, tile=tile)
+            torch.testing.assert_close(out[first:end].transpose(0, 1), expected[0], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(lse[:, first:end], expected_lse[0], rtol=1e-4, atol=1e-4)
+        assert (out[others[-1] :] == 0).all()

@@ -135,6 +135,27 @@ def test_shapes_windows_masks_and_types(lib, shape, mask):
             assert (got.lse - lse)[~empty].abs().max() < 0.06
 
 
+@pytest.mark.parametrize(
+    ("d", "softcap", "window"),
+    [(64, 2.0, {"causal": True}), (64, 30.0, {}), (72, 0.5, {"left": 20, "right": 3}), (130, 2.0, {"causal": True})],
+)
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_softcap(lib, d, softcap, window, with_mask):
+    """Keys far from 0, so that the cap is off by what smoothing took if that is not given back."""
+    lib.order = ORDERS[d % 4]
+    q, k, v = heads(1, 2, 70, d), heads(1, 1, 130, d, seed=1) + 2, heads(1, 1, 130, d, seed=2)
+    mask = (heads(1, 1, 70, 130, seed=3) > -0.5).expand(1, 2, 70, 130) if with_mask else None
+    got = lib.attention(q, k, v, mask, softcap=softcap, **window)
+    s = q.double() @ k.double().mT.repeat_interleave(2, 1) * d**-0.5
+    seen = visible(70, 130, **options(**window))
+    expected, lse = softmax(softcap * torch.tanh(s / softcap), v.double().repeat_interleave(2, 1), mask, seen)
+    empty = torch.isinf(lse)
+    assert torch.equal(empty, torch.isinf(got.lse))
+    assert (got.out[empty] == 0).all()
+    assert relative(got.out, expected) <= 0.023
+    assert (got.lse - lse)[~empty].abs().max() < 0.06
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_integers_are_those_of_the_op(lib, order):
     lib.order = order

@@ -14,6 +14,8 @@ triton_cases.require_compiler()
 
 from emulated import emulated  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
 from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
@@ -218,15 +220,17 @@ def test_attention(architecture, case):
     empty = torch.isinf(expected_lse)
     assert (out[empty] == 0).all()
     assert torch.equal(empty, torch.isinf(lse))
-    # P is rounded to the type of V, sums of products and of P are float32 and at most 131 long; exponents of at most
-    # 2^5 are off by 2^-24 of themselves a rounding, of which there are 3
-    relative = HALF_UNIT[to_v.dtype] + 131 * 2.0**-24 + 3 * 2.0**-19
+    # P is rounded to the type of V, in the product and in its sums; both are float32 and at most 131 long; exponents of
+    # at most 2^5 are off by 2^-24 of themselves a rounding, of which there are 3
+    rounded = HALF_UNIT[to_v.dtype]
+    relative = 2 * rounded + 131 * 2.0**-24 + 3 * 2.0**-19
     bound = relative * magnitude + HALF_UNIT[dtype] * expected.abs() + 1e-7
     assert ((out.double() - expected).abs() <= bound)[~empty].all()
     # the plain loop rounds all logarithms of a query by the same, below a unit of the integer scores
     _, q_scale, _, k_scale, *_ = gpu.launched[-1].args
     unit = (q_scale.max() * k_scale.max()).item() * math.log(2)
-    assert ((lse.double() - expected_lse - shift).abs() <= unit + 2.0**-19 * (1 + expected_lse.abs()))[~empty].all()
+    bound = unit + rounded + 2.0**-19 * (1 + expected_lse.abs())
+    assert ((lse.double() - expected_lse - shift).abs() <= bound)[~empty].all()
 
 
 def integers_are_right(launch, q, k, scale):
@@ -234,7 +238,7 @@ def integers_are_right(launch, q, k, scale):
     the logarithm."""
     (b, h, sq, d), (_, kv_heads, skv, _) = q.shape, k.shape
     x_q, q_scale, x_k, k_scale, *_ = launch.args
-    shift = launch.args[6]
+    shift = launch.args[7]
     got = x_q.view(b, h, -1, x_q.shape[-1])[:, :, :sq]
     expected, expected_scale = reference_integers(q.float(), 8)
     assert torch.equal(got[..., :d].float(), expected)
@@ -268,3 +272,39 @@ def test_a_query_that_is_not_finite_spoils_itself():
     with emulated(80):
         out, _ = attention(q, k, v, causal=True)
     assert out[0, 0].isnan().any(-1).nonzero().flatten().tolist() == [7]
+
+
+def test_sequences_laid_end_to_end_as_the_dense_kernel_has_them():
+    tile = Tiles(64, 32, 4, 2, ones=True)
+    lengths, tokens = [0, 5, 70, 75], [0, 33, 70, 103]
+    q, k, v = random(75, 1, 32, dtype=F16), random(103, 1, 32, dtype=F16, seed=1), random(103, 1, 32, dtype=F16, seed=2)
+    with emulated(80) as gpu:
+        out, lse = attention_varlen(
+            q, k, v, torch.tensor(lengths), torch.tensor(tokens), True, right=0, return_lse=True, tile=tile
+        )
+        assert [launch.kernel for launch in gpu.launched] == ["key_sums_varlen", "quantize_varlen", "attend_varlen"]
+        for i in range(3):
+            mine, theirs = slice(*lengths[i : i + 2]), slice(*tokens[i : i + 2])
+            one = (x.transpose(0, 1)[None] for x in (q[mine], k[theirs], v[theirs]))
+            expected, expected_lse = attention(*one, bottom_right=True, causal=True, return_lse=True, tile=tile)
+            assert torch.equal(out[mine].transpose(0, 1), expected[0])
+            assert torch.equal(lse[:, mine], expected_lse[0])
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_values_in_int8(ones):
+    """Within what rounding P to 127ths of a row's largest and V to those of a channel's costs; both at most half."""
+    q, k, v = (random(1, 1, s, 32, dtype=F16, seed=s) for s in (40, 70, 71))
+    v = v[:, :, :70]
+    with emulated(80) as gpu:
+        out, lse = attention(q, k, v, causal=False, return_lse=True, tile=Tiles(64, 32, 4, 2, ones=ones), value_bits=8)
+    scale_q, scale_k, shift = integers_are_right(gpu.launched[-1], q, k, 32**-0.5)
+    seen = torch.ones(40, 70, dtype=torch.bool)
+    expected, _, expected_lse = exact(scale_q, scale_k, v.double(), None, seen)
+    s = scale_q @ scale_k.mT
+    blocks = [s[..., i : i + 32] for i in range(0, 70, 32)]
+    # a weight is off by at most half of a 127th of its block's largest, in the product and in the sum
+    weight = sum(torch.exp(b.amax(-1) - expected_lse) * b.shape[-1] for b in blocks)[..., None] * (0.5 / 127)
+    bound = 2 * weight * v.double().abs().max() + v.double().abs().amax(2, keepdim=True) * (0.5 / 127) + 2e-3
+    assert ((out.double() - expected).abs() <= bound).all()
+    assert ((lse.double() - expected_lse - shift).abs() <= weight[..., 0] * 1.5 + 1e-3).all()

@@ -34,8 +34,8 @@ FLOATS = (
 )
 #: Weights into the layout of a kernel and back: plain torch.
 PLAIN_TORCH = ("sparse_prepack", "sparse_unpack", "int4_sparse_prepack", "int4_sparse_unpack")
-#: Tests of their error: test_triton_attention, test_triton_decode.
-ATTENTION = ("quantized_attention", "kv_cache_attention")
+#: Tests of their error: test_triton_attention, test_triton_attention_varlen, test_triton_decode.
+ATTENTION = ("quantized_attention", "quantized_attention_varlen", "kv_cache_attention")
 
 
 @pytest.fixture(autouse=True)

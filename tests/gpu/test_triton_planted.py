@@ -14,6 +14,8 @@ triton_cases.require_compiler()
 from emulated import emulated  # noqa: E402
 from ptx import AsyncNotWaited, DivergentBarrier, Misaligned, OutOfBounds, PtxError, Race  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
 
@@ -36,7 +38,19 @@ def quantize() -> torch.Tensor:
     return quantize_tokens(random(5, 300))[0]
 
 
-RUNS: dict[str, Callable[[], torch.Tensor]] = {"linear_wide": wide, "attend": attend, "quantize_rows": quantize}
+def attend_varlen() -> torch.Tensor:
+    """Two sequences, of 20 and 13 queries and 33 and 30 keys."""
+    q, k, v = random(33, 1, 32).half(), random(63, 1, 32, seed=1).half(), random(63, 1, 32, seed=2).half()
+    ends = torch.tensor([0, 20, 33]), torch.tensor([0, 33, 63])
+    return attention_varlen(q, k, v, *ends, right=0, tile=Tiles(64, 32, 4, 2))[0]
+
+
+RUNS: dict[str, Callable[[], torch.Tensor]] = {
+    "linear_wide": wide,
+    "attend": attend,
+    "attend_varlen": attend_varlen,
+    "quantize_rows": quantize,
+}
 KERNELS = pytest.mark.parametrize(
     "kernel", ["linear_wide", "quantize_rows", pytest.param("attend", marks=pytest.mark.slow)]
 )
@@ -128,6 +142,16 @@ def test_a_mask_that_is_wrong():
     wrong = planted("attend", r"setp\.le\.s32", "setp.lt.s32")
     # the first query sees nothing now
     assert (wrong[0, 0, 0] == 0).all()
+    assert (wrong - right).abs().max() > 0.1
+
+
+def test_a_mask_of_sequences_that_is_wrong():
+    """The same for sequences laid end to end: the first query of each sees nothing."""
+    with emulated(80):
+        right = attend_varlen()
+    wrong = planted("attend_varlen", r"setp\.le\.s32", "setp.lt.s32")
+    assert (right[[0, 20]] != 0).any(-1).all()
+    assert (wrong[[0, 20]] == 0).all()
     assert (wrong - right).abs().max() > 0.1
 
 

@@ -77,7 +77,7 @@ int64_t shim_attention_workspace(const int64_t* shape, int64_t* offsets) {
 
 int shim_attention(const void* q, const void* k, const void* v, const void* mask, int mask_kind, int mask_type,
                    int type, int v_type, const int64_t* shape, const int64_t* strides, int64_t offset, int64_t left,
-                   int64_t right, float scale, void* out, float* lse, void* workspace) {
+                   int64_t right, float scale, float softcap, void* out, float* lse, void* workspace) {
   return guarded([&] {
     const auto heads = [&](const void* data, int i) {
       return Heads{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
@@ -100,6 +100,7 @@ int shim_attention(const void* q, const void* k, const void* v, const void* mask
         left,
         right,
         scale,
+        softcap,
         out,
         lse,
         workspace};

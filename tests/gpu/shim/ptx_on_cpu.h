@@ -306,6 +306,7 @@ inline float round_half_even(float x) { return std::nearbyint(x); }
 inline int32_t to_int(float x) { return static_cast<int32_t>(x); }
 inline float to_float(int32_t x) { return static_cast<float>(x); }
 inline float exp2_approximate(float x) { return x < -126.f ? 0.f : std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.f / x; }
 inline float log2_approximate(float x) { return std::log2(x); }
 // Of two numbers, one NaN: the other.
 inline float maximum(float a, float b) { return std::fmax(a, b); }
