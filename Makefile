@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch's exact version, because an open range may take another build than the one that is wanted.
 TORCH ?= torch==2.13.0
+# The pair of that torch; a torch for CUDA brings its own.
+TRITON ?= triton==3.7.1
 # Processes of pytest where it runs in several; each takes about a gigabyte.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu* tests/csrc/*.cpp tests/csrc/*.h \
 	tests/csrc/*/*.h tests/gpu/shim/*)
@@ -46,14 +49,14 @@ demo: install
 	$(BIN)/python -m tcompress demo
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: lint
-	$(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # The emulators, interpreters and compilers of GPU code: what can be shown without a GPU.
 test-gpu-emulated: $(VENV)/.gpu
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/gpu -m "slow or not slow" -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTEST) tests/gpu -m "slow or not slow"
 
 test-gpu: $(VENV)/.gpu
 	$(BIN)/pytest tests/gpu/test_on_gpu.py
@@ -62,7 +65,7 @@ bench-gpu: $(VENV)/.gpu
 	$(BIN)/python benchmarks/gpu_ops.py
 
 $(VENV)/.gpu: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[gpu]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q "$(TRITON)"
 	touch $@
 
 sanitize: install

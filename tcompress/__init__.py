@@ -18,7 +18,21 @@ from tcompress.ops import (
 )
 from tcompress.quantize import QuantArgs, Scheme
 from tcompress.ratios import global_ratios, search_ratios
-from tcompress.recipe import Distill, Prune, Quantize, Recipe, Sparse, presets
+from tcompress.recipe import (
+    AWQ,
+    Codebook,
+    Distill,
+    LowRank,
+    Prune,
+    Quantize,
+    Recipe,
+    Rotate,
+    Share,
+    Shrink,
+    Smooth,
+    Sparse,
+    presets,
+)
 from tcompress.report.report import Report
 
 __version__ = "0.1.0"
@@ -26,17 +40,24 @@ __version__ = "0.1.0"
 register_when_imported()
 
 __all__ = [
+    "AWQ",
     "Advice",
+    "Codebook",
     "CompressResult",
     "Distill",
     "DistillResult",
     "KVCache",
+    "LowRank",
     "Prune",
     "QuantArgs",
     "Quantize",
     "Recipe",
     "Report",
+    "Rotate",
     "Scheme",
+    "Share",
+    "Shrink",
+    "Smooth",
     "Sparse",
     "Target",
     "advise",
