@@ -1,6 +1,6 @@
 """Times the ops on this machine's GPU, by backend, beside torch's own.
 
-    python benchmarks/gpu_ops.py [--json FILE] [--part linear|attention|cache|int4 ...]
+    python benchmarks/gpu_ops.py [--json FILE] [--part linear|attention|varlen|cache|int4|sparse ...]
 
 A time is that of one call in a CUDA graph of several, median of its replays, with the quantization of activations;
 weights take turns, so that none is in the second-level cache. Errors: of linear layers ‖Δ‖/‖y‖, of attention
@@ -11,6 +11,7 @@ to the stored tiles.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -19,12 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_peers
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from tcompress import KVCache, cuda_backend, ops, triton_backend, use_backend
+from tcompress.nn import SparseLinear
+from tcompress.prune import magnitude_mask
 from tcompress.quantize import round_to_nearest
 from tcompress.quantize.scheme import Scheme
 
@@ -87,6 +92,8 @@ def linear() -> Iterator[Row]:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             exact = x[:64].double() @ weights[0].double().T + bias.double()
             calls: Calls = {"torch bf16": [partial(F.linear, x, w, bias.bfloat16()) for w in weights]}
+            triples = zip(integers, scales, strict=True)
+            calls["torch._int_mm"] = [partial(gpu_peers.int_mm, x, q, s, bias) for q, s in triples]
             for name in BACKENDS:
                 pairs = zip(integers, scales, strict=True)
                 calls[name] = [forced(name, partial(ops.int8_linear, x, q, s, bias)) for q, s in pairs]
@@ -107,8 +114,40 @@ def attention() -> Iterator[Row]:
                 for name in BACKENDS:
                     ours = partial(ops.quantized_attention, q, k, v, bits=8, is_causal=causal)
                     calls[name] = [forced(name, ours)]
+                calls |= {name: [call] for name, call in gpu_peers.attention(q, k, v, causal).items()}
                 shape = f"4x32x{s}x{d}{' causal' if causal else ''}"
                 yield _row("attention", shape, calls, partial(_sums, exact))
+
+
+def varlen() -> Iterator[Row]:
+    """Sequences of 64 to 4096 tokens laid end to end, beside torch's attention over the same padded."""
+    for d in (64, 128):
+        lengths = [64, 4096, 700, 1500, 128, 2048, 300, 3000]
+        q, k, v = (torch.randn(sum(lengths), 32, d, device="cuda", dtype=torch.float16) for _ in range(3))
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        offsets = ends.cuda()
+        padded = [pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
+        first = [x[: lengths[0]].transpose(0, 1)[None, :1] for x in (q, k, v)]
+        exact = _attention(*first, True)[0].transpose(0, 1)
+        ours = partial(
+            ops.quantized_attention_varlen, q, k, v, offsets, offsets, bits=8, is_causal=True
+        )  # as flash_attn_varlen_func is called
+        calls: Calls = {
+            "torch SDPA, padded": [partial(_padded, *padded, lengths[0])],
+            "triton": [forced("triton", ours)],
+        }
+        calls |= {name: [call] for name, call in gpu_peers.varlen(q, k, v, offsets, max(lengths)).items()}
+        yield _row("varlen", f"8 sequences, {sum(lengths)}x32x{d} causal", calls, partial(_first_sequence, exact))
+
+
+def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int) -> torch.Tensor:
+    """All sequences; what is returned is laid out as the first of the others' results."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)[:first]
+
+
+def _first_sequence(exact: torch.Tensor, o: torch.Tensor) -> float:
+    """Of the first head of the first sequence."""
+    return ((o[: len(exact), :1].double() - exact).abs().sum() / exact.abs().sum()).item()
 
 
 def cache() -> Iterator[Row]:
@@ -140,6 +179,32 @@ def int4() -> Iterator[Row]:
                 ours = partial(ops.int4_linear, x, weight_scale=scale, group_size=128, act_bits=bits)
                 calls[label] = [forced("triton", partial(ours, weight=q)) for q in nibbles]
             yield _row("int4_linear", f"{m}x{k}x{n}", calls, partial(_norm, exact))
+
+
+def sparse() -> Iterator[Row]:
+    """2:4 and blocks at 75 %, int8 and bfloat16, beside torch's dense layer and its own 2:4."""
+    n = k = 4096
+    for pattern in ("2:4", "16x16"):
+        linear = torch.nn.Linear(k, n, dtype=torch.bfloat16)
+        sparsity = None if pattern == "2:4" else 0.75
+        with torch.no_grad():
+            linear.weight *= magnitude_mask(linear.weight, pattern, sparsity)
+        layers: dict[str, torch.nn.Module] = {}
+        for scheme in (None, "W8A8"):
+            for layout in (f"gpu-{pattern}", "mma-2:4") if pattern == "2:4" and scheme else (f"gpu-{pattern}",):
+                if layout.startswith("mma") and "cuda" not in BACKENDS:
+                    continue
+                name = f"{'bf16' if scheme is None else scheme} {layout}"
+                layers[name] = SparseLinear.from_linear(copy.deepcopy(linear).cuda(), scheme, layout=layout)
+        dense = linear.weight.detach().cuda()
+        for m in (1, 16, 128, 2048):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            exact = x[:64].double() @ dense.double().T + linear.bias.cuda().double()
+            calls: Calls = {"torch bf16": [partial(F.linear, x, dense, linear.bias.cuda())]}
+            if pattern == "2:4":
+                calls["torch 2:4"] = [gpu_peers.two_four(x, dense, linear.bias.cuda())]
+            calls |= {name: [partial(layer, x)] for name, layer in layers.items()}
+            yield _row("sparse", f"{m}x{k}x{n} {pattern}", calls, partial(_norm, exact))
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -178,7 +243,9 @@ def _row(part: str, shape: str, calls: Calls, error: Callable[[torch.Tensor], fl
     return row
 
 
-PARTS = {"linear": linear, "attention": attention, "cache": cache, "int4": int4}
+PARTS = {
+    "linear": linear, "attention": attention, "varlen": varlen, "cache": cache, "int4": int4, "sparse": sparse,
+}  # fmt: skip
 
 
 def main() -> None:
