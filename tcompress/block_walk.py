@@ -13,7 +13,7 @@ from torch import nn
 
 from tcompress.blocks import BlockRunner, find_chains
 from tcompress.statistics import InputStatistics
-from tcompress.weights import is_conv1d, linear_weight
+from tcompress.weights import linear_weight, weight_key
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ def walk(
     rest = [layer for layer in layers if layer not in owner]
     if rest or not chains:
         yield Stage(model, rest, runner.run_rest, "")
-
-
-def weight_key(module: nn.Module) -> tuple[int, bool]:
-    """Equal for linear layers with one weight."""
-    return id(module.weight), is_conv1d(module)
 
 
 def collect(stage: Stage, hessian: bool) -> dict[tuple[int, bool], InputStatistics]:

@@ -47,19 +47,22 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
-    """The first float tensor in a model's output, which may be a tensor, a mapping, a tuple or a list."""
+    """The float tensor that a model is judged by, in what it returned: a tensor, or a mapping, tuple or list. "logits"
+    go before all others, and a single number, the loss that models return for labels, comes after all others."""
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     values: Iterable[Any] = ()
     if isinstance(output, Mapping):
-        values = output.values()
+        values = [output[key] for key in sorted(output, key=lambda key: key != "logits")]
     elif isinstance(output, tuple | list):
         values = output
+    number: torch.Tensor | None = None
     for value in values:
         found = first_tensor(value)
-        if found is not None:
+        if found is not None and found.dim() > 0:
             return found
-    return None
+        number = found if number is None else number
+    return number
 
 
 class OutputError:

@@ -41,7 +41,8 @@ def layers_by_input(jobs: Sequence[Job], run: Callable[[], None]) -> list[list[J
 
 
 def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    """Not of layers that were not called: nothing is known of what they are given."""
+    return bool(one) and len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def collect(
@@ -81,6 +82,8 @@ def collect(
             after()
         if pairs is None:
             run()
+    for one in shares:
+        apart += [job for job in one.called_otherwise() if job not in apart]
     if apart:
         keys = {job.key for job in apart}
         alone = [[job for job in apart if job.key == key] for key in keys]
@@ -97,6 +100,8 @@ class _SharedStatistics:
         self._last: torch.Tensor | None = None
         self._expected: list[torch.Tensor] = []
         self._mode = "add"
+        self._calls = 0
+        self._followers: dict[Key, tuple[Job, int]] = {}
 
     def expect(self) -> None:
         """What comes next are the original model's inputs of one sample."""
@@ -108,6 +113,7 @@ class _SharedStatistics:
 
     def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._last = args[0] if args else next(iter(kwargs.values()))
+        self._calls += 1
         if self._mode == "expect":
             self._expected.append(self._last.detach().clone())
         elif self._mode == "compare" and self._expected:
@@ -117,10 +123,16 @@ class _SharedStatistics:
 
     def follow(self, job: Job, apart: list[Job]) -> Any:
         """A hook that notes a layer which is given something else."""
+        self._followers[job.key] = job, 0
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
+            self._followers[job.key] = job, self._followers[job.key][1] + 1
             if given is not self._last and job not in apart:
                 apart.append(job)
 
         return hook
+
+    def called_otherwise(self) -> list[Job]:
+        """Layers that were called more or less often than the first: experts, on other samples."""
+        return [job for job, calls in self._followers.values() if calls != self._calls]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_ste
 from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
 from tcompress.prune import shrink  # noqa: F401  declares its step
-from tcompress.recipe import Recipe
+from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
 from tcompress.report.report import Report
 from tcompress.report.size import Sizes, model_sizes
 from tcompress.samples import Samples
 from tcompress.share import codebook_step, low_rank_step, tie  # noqa: F401  declare their steps
+from tcompress.solve import steps_with_data
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
 
@@ -55,8 +56,9 @@ def compress(
             Samples that are empty or hold NaN or infinity are left out, with a warning (`Samples`).
         tokenizer: of text in the data, called as those of `transformers` are.
         max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
-        resume: a folder, made if it is missing, that keeps what was found block by block. The same call with the same
-            folder after a crash goes on after the last block that was finished, with the result that it would have had.
+        resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
+            by block. The same call with the same folder after a crash goes on after the last block that was finished,
+            with the result that it would have had. Transforms before them are run again; `Distill` has a `checkpoint`.
         inplace: change `model` itself, layer by layer where algorithms with data prune it: there is then no second
             copy of it, and a run that fails may leave it pruned in part. Otherwise `model` stays as it is, and what is
             not compressed is copied.
@@ -69,7 +71,7 @@ def compress(
         TypeError: `model` is no module, or an argument has an unusable type.
         ValueError: the recipe matches nothing, the model is compressed already, a weight holds NaN or infinity, or
             `inplace` for a model that is a single layer, or the recipe needs `data` and none are given that can be
-            used. `model` is then unchanged.
+            used. `model` is then unchanged, but in place, where the steps before the one that failed may be done.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
@@ -89,6 +91,8 @@ def compress(
     cosine = None if reference is None else _output_cosine(swapped.model, reference, notes)
     if samples is not None:
         notes = [*samples.notes, *notes]
+    if resume is not None and not steps_with_data(recipe):
+        notes.append("resume: no step of this recipe keeps what it has finished there")
     after = model_sizes(swapped.model)
     if swapped.smaller_is_meant:
         notes += _size_notes(before, after)
@@ -112,10 +116,17 @@ def _transformed(
     """The transforms of a recipe, then its other steps on what they made."""
     work, rest = transform(model, recipe, data, inplace, progress)
     if rest is None:
-        return work, Swapped(work.model, [], [], [], None, False)
+        return work, Swapped(work.model, [], [], [], None, _makes_smaller(recipe))
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
-    return work, swap_layers(work.model, rest, work.samples, in_copy, progress, required=not work.layers, resume=resume)
+    required = not work.layers
+    swapped = swap_layers(work.model, rest, work.samples, in_copy, progress, required=required, resume=resume)
+    return work, replace(swapped, smaller_is_meant=swapped.smaller_is_meant or _makes_smaller(recipe))
+
+
+def _makes_smaller(recipe: Recipe) -> bool:
+    """Whether a transform of the recipe is there for the size."""
+    return any(isinstance(step, Codebook | LowRank | Share | Shrink) for step in recipe.steps)
 
 
 def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[str]) -> float | None:

@@ -13,7 +13,7 @@ from tcompress.packing import PackedWeight
 from tcompress.prune_step import Pruned
 from tcompress.quantize import QuantArgs
 from tcompress.recipe import Quantize, Sparse
-from tcompress.weights import is_conv1d, is_masked_by_torch
+from tcompress.weights import is_masked_by_torch, weight_key
 
 #: Layers with one weight have the same.
 Key = tuple[int, bool]
@@ -116,7 +116,7 @@ class Job:
 
     @property
     def key(self) -> Key:
-        return id(self.module.weight), is_conv1d(self.module)
+        return weight_key(self.module)
 
 
 def jobs_of(matches: Sequence[Match], pruned: Mapping[nn.Module, Pruned]) -> list[Job]:

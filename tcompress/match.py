@@ -19,7 +19,7 @@ from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
 from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Quantize, Recipe, Sparse, Step
-from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight, weight_id
 
 COMPRESSED = (QuantizedLinear, QuantizedEmbedding, SparseLinear, OutlierLinear, CodebookLinear)
 
@@ -123,6 +123,21 @@ def match(
     if not matches and required:
         raise ValueError(_nothing_matched(model, recipe, skips or list(other_skips)))
     return matches, skips
+
+
+#: Targets that presets have, whether a model has such modules or not.
+_USUAL = {"Linear", "Conv1D", "Embedding", "*"}
+
+
+def unmatched(model: nn.Module, recipe: Recipe, converted: Mapping[nn.Module, nn.Module]) -> list[str]:
+    """What there is to say of steps none of whose targets is in the model, misspelt ones for example."""
+    names = module_names(model, converted)
+    return [
+        f"{step.step}: targets {list(step.targets)} match nothing in the model"
+        for step in recipe.steps
+        if not set(step.targets) <= _USUAL
+        and not any(any_matches(step.targets, paths, module) for module, paths in names.items())
+    ]
 
 
 def why_not(module: nn.Module, scheme: Scheme | None) -> str | None:
@@ -241,7 +256,7 @@ def _without_tied(model: nn.Module, matches: list[Match]) -> tuple[list[Match], 
     users = parameters_outside(model, {m.module for m in matches})
     kept, skipped = [], []
     for m in matches:
-        tied = users.get(id(m.module.weight))
+        tied = users.get(weight_id(m.module))
         if tied:
             reason = f"its weight is also {', '.join(tied)}, which stays: a quantized copy would only add bytes"
             skipped.append(Skip(m.names, m.module, reason))

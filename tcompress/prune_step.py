@@ -23,7 +23,7 @@ from tcompress.packing import Pattern
 from tcompress.prune import magnitude_mask
 from tcompress.ratios import sparsities_by_magnitude
 from tcompress.recipe import Prune, Recipe
-from tcompress.weights import is_conv1d, linear_weight
+from tcompress.weights import linear_weight, weight_id, weight_key
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prune_masks(
             if reason is not None:
                 skips.append(Skip(tuple(names), module, f"not pruned: {reason}"))
                 continue
-            key = (id(module.weight), is_conv1d(module))
+            key = weight_key(module)
             if key not in by_weight:
                 own = step.model_copy(update={"sparsity": ranked[step][key]}) if key in ranked.get(step, {}) else step
                 try:
@@ -87,8 +87,8 @@ def prune_masks(
             pruned[module] = Pruned(tuple(names), *by_weight[key])
             break
     users = parameters_outside(model, pruned)
-    for module in [module for module in pruned if id(module.weight) in users]:
-        tied = ", ".join(users[id(module.weight)])
+    for module in [module for module in pruned if weight_id(module) in users]:
+        tied = ", ".join(users[weight_id(module)])
         skips.append(Skip(pruned.pop(module).names, module, f"not pruned: its weight is also {tied}, which stays"))
     reasons = {skip.module: skip for skip in reversed(skips) if skip.module not in pruned}  # the first of each
     return pruned, list(reversed(reasons.values()))

@@ -24,7 +24,7 @@ from tcompress.packing import PackedWeight
 from tcompress.quantize import QuantArgs
 from tcompress.recipe import Sparse
 from tcompress.solve_layer import integers
-from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight, weight_key
 
 
 @dataclass
@@ -49,7 +49,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
         return _sparse(match, match.step)
     module, scheme = match.module, match.scheme
     assert scheme is not None
-    key = (id(module.weight), is_conv1d(module), id(match.mask), scheme.weights)
+    key = (*weight_key(module), id(match.mask), scheme.weights)
     if key not in cache:
         try:
             found = match.solved if isinstance(match.solved, PackedWeight) else None

@@ -95,10 +95,11 @@ def solve(
                     stack.enter_context(evaluating(converted[child]))
         chains = find_chains(model, samples[0])
         owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
+        why = "no sequence of blocks to go through"
         if tied_across(jobs, owner):
-            chains, owner = [], {}
+            chains, owner, why = [], {}, "blocks share weights"
         if not chains and len(jobs) > 1:
-            notes.append("no sequence of blocks to go through: all layers were solved on the original model's inputs")
+            notes.append(f"{why}: all layers were solved on the original model's inputs")
         run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
@@ -223,13 +224,15 @@ class _Run:
         solutions = from_tensors(tensors, info["layers"], device)
         self.solved |= {job.key: solutions[job.name] for job in jobs if job.name in solutions}
         self._notes += info["notes"]
+        self._output_sqnr |= {job.key: info["errors"][job.name] for job in jobs if job.name in info["errors"]}
         return True
 
     def _keep(self, stage: str, jobs: list[Job], noted: int) -> None:
         if self._store is not None:
             by_key = {job.key: job.name for job in reversed(jobs)}
             tensors, layers = to_tensors({name: self.solved[key] for key, name in by_key.items()})
-            self._store.save(stage, tensors, {"layers": layers, "notes": self._notes[noted:]})
+            errors = {name: self._output_sqnr[key] for key, name in by_key.items() if key in self._output_sqnr}
+            self._store.save(stage, tensors, {"layers": layers, "notes": self._notes[noted:], "errors": errors})
 
     def _groups(self, chain: int, block: int, jobs: list[Job]) -> list[list[list[Job]]]:
         """Layers that are solved before the next ones are run; in each of these, those with one input together."""

@@ -39,7 +39,8 @@ def solve_layer(job: Job, statistics: InputStatistics | None) -> Solution:
     rest = weight if outliers is None else weight.index_fill(1, outliers, 0)
     if job.needs_original and statistics is not None and statistics.shift is not None:
         assert job.quantize.propagation is not None
-        rest = propagated_weight(rest, statistics, job.quantize.propagation)
+        # What was pruned before stays zero.
+        rest = propagated_weight(rest, statistics, job.quantize.propagation).masked_fill(rest == 0, 0)
         if outliers is not None:
             rest = rest.index_fill(1, outliers, 0)
     packed = integers(rest, job.quantize, statistics)

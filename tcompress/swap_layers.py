@@ -16,7 +16,7 @@ from tcompress import attention_step, calibrate, replace
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.fuse import fuse
 from tcompress.layer_job import Solution, Written
-from tcompress.match import COMPRESSED, Match, Skip, match
+from tcompress.match import COMPRESSED, Match, Skip, match, unmatched
 from tcompress.match_attention import match_attention
 from tcompress.nn import OutlierLinear, SparseLinear
 from tcompress.prune_step import Pruned, prune_masks
@@ -27,7 +27,7 @@ from tcompress.report.size import model_sizes
 from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
 from tcompress.structure import carry
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_weight, weight_id
 
 #: What is said of a layer whose zeros no kernel turns into time.
 NO_SPEEDUP = "no speedup from this sparsity"
@@ -80,7 +80,7 @@ def swap_layers(
     required = required and not attentions and not pruned
     matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
 
-    notes: list[str] = []
+    notes = unmatched(model, recipe, converted)
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
         notes.append("no layer was pruned")
     first: calibrate.Reference | None = None
@@ -102,7 +102,9 @@ def swap_layers(
         del solved
 
     cache: replace.PackedCache = {}
-    steps = track(matches, "compressing", disable=not progress, transient=True)
+    # Of layers with one weight, one that was solved says what its integers are.
+    ordered = sorted(matches, key=lambda m: m.solved is None)
+    steps = track(ordered, "compressing", disable=not progress, transient=True)
     replacements = {m.module: replace.compressed(m, cache) for m in steps}
     not_pruned = {skip.module: skip.reason for skip in prune_skips}
     layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
@@ -117,8 +119,8 @@ def swap_layers(
             layer.model_copy(update={"output_sqnr_db": found.layers[m.module].sqnr_db})
             for layer, m in zip(layers, matches, strict=True)
         ]
-        called = {id(m.module.weight) for m in matches if found.layers[m.module].calls}
-        idle = [m.names[0] or "(root)" for m in matches if id(m.module.weight) not in called]
+        called = {weight_id(m.module) for m in matches if found.layers[m.module].calls}
+        idle = [m.names[0] or "(root)" for m in matches if weight_id(m.module) not in called]
         notes += [f"{name} was never called on the data" for name in idle]
     attention = attention_step.decide(attentions, found, notes)
 

@@ -22,7 +22,7 @@ from tcompress.match import (
 from tcompress.recipe import Step
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_weight, weight_id
 
 
 def target_layers(
@@ -49,8 +49,8 @@ def target_layers(
         else:
             skips.append(Skip(tuple(paths), module, reason))
     users = parameters_outside(model, found)
-    for module in [module for module in found if id(module.weight) in users]:
-        tied = ", ".join(users[id(module.weight)])
+    for module in [module for module in found if weight_id(module) in users]:
+        tied = ", ".join(users[weight_id(module)])
         skips.append(Skip(found.pop(module), module, f"its weight is also {tied}, which stays"))
     return found, skips
 

@@ -18,6 +18,18 @@ def is_masked_by_torch(module: nn.Module) -> bool:
     return masked and all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
+def weight_id(module: nn.Module) -> int:
+    """Of the parameter that is a layer's weight, or that `torch.nn.utils.prune` computes it from: what is computed is
+    another tensor after each call."""
+    masked = module._parameters.get("weight_orig")
+    return id(module.weight if masked is None else masked)
+
+
+def weight_key(module: nn.Module) -> tuple[int, bool]:
+    """Equal for linear layers with one weight that is used alike."""
+    return weight_id(module), is_conv1d(module)
+
+
 def linear_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a linear layer or embedding as [N, K]; `transformers`' Conv1D stores it transposed."""
     masked = is_masked_by_torch(module)

@@ -285,3 +285,34 @@ def test_compressing_twice_in_steps():
     once = tcompress.compress(model, {"steps": [{"step": "quantize", "scheme": "W8A8", "targets": ["0"]}]}).model
     twice = tcompress.compress(once, {"steps": [{"step": "quantize", "scheme": "W7A7"}]}).model
     assert [m.scheme.name for m in twice if isinstance(m, QuantizedLinear)] == ["W8A8", "W7A7"]
+
+
+def test_targets_that_match_nothing_are_told():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    steps = [{"scheme": "W8A8", "targets": "0"}, {"scheme": "W8A8", "targets": "liner2"}]
+    with pytest.warns(CompressionWarning, match="quantize: targets .'liner2'. match nothing in the model"):
+        tcompress.compress(model, {"steps": steps})
+    transform = [{"step": "low_rank", "ratio": 0.5, "targets": "0"}, {"scheme": "W8A8", "targets": "liner2"}]
+    with pytest.warns(CompressionWarning, match="quantize: targets .'liner2'. match nothing in the model"):
+        tcompress.compress(model, {"steps": transform}, torch.randn(4, 8))
+
+
+def test_resume_without_anything_to_keep_is_told(tmp_path):
+    with pytest.warns(CompressionWarning, match="resume: no step of this recipe keeps what it has finished there"):
+        tcompress.compress(nn.Sequential(nn.Linear(8, 8)), {"steps": [{"scheme": "W8A8"}]}, resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize("returned", ["mapping", "tuple"])
+def test_a_loss_is_not_what_a_model_is_judged_by(returned):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 16)
+
+        def forward(self, x):
+            logits = self.layer(x)
+            return {"loss": logits.mean(), "logits": logits} if returned == "mapping" else (logits.mean(), logits)
+
+    torch.manual_seed(0)
+    report = tcompress.compress(Model(), {"steps": [{"scheme": "W4A16"}]}, torch.randn(4, 64)).report
+    assert 0.9 < report.output_cosine < 0.9999

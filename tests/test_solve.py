@@ -224,7 +224,7 @@ def test_tied_layers():
     model = stack()
     model.layers[2].up.weight = model.layers[0].up.weight
     result = compress(model, GPTQ, data=samples())
-    assert any("no sequence of blocks" in note for note in result.report.warnings)
+    assert any("blocks share weights" in note for note in result.report.warnings)
     assert torch.equal(result.model.layers[0].up.weight_packed, result.model.layers[2].up.weight_packed)
 
 
@@ -301,3 +301,56 @@ def test_a_written_layers_output_error_is_that_of_its_products():
     error = (x @ (model[0].weight - before).T).square().sum() / (x @ before.T).square().sum()
     (layer,) = result.report.layers
     assert layer.output_sqnr_db == pytest.approx(-10 * float(error.detach().log10()), rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [WANDA, SPARSEGPT, GPTQ])
+def test_layers_that_torch_masks_have_statistics_too(step):
+    """Their weight is another tensor after each call."""
+    masked, plain = stack(), stack()
+    for model in (masked, plain):
+        for block in model.layers:
+            nn.utils.prune.l1_unstructured(block.up, "weight", amount=0.2)
+    for block in plain.layers:
+        nn.utils.prune.remove(block.up, "weight")
+    got, expected = (compress(model, step, data=samples()) for model in (masked, plain))
+    for x in samples(2, seed=5):
+        assert torch.equal(got.model(x), expected.model(x))
+
+
+class Experts(nn.Module):
+    """One of three, by the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(3))
+
+    def forward(self, x):
+        return self.experts[int(x[0, 0, 0] > 0)](x)
+
+
+def test_an_expert_that_is_not_called_borrows_no_statistics():
+    torch.manual_seed(0)
+    model = Experts().eval()
+    data = samples()
+    for i, x in enumerate(data):
+        x[0, 0, 0] = 1.0 if i % 2 else -1.0
+    result = compress(model, GPTQ, data=data)
+    idle = [note for note in result.report.warnings if "has no calibration inputs" in note]
+    assert [note.split()[0] for note in idle] == ["experts.2.0", "experts.2.2"]
+    for expert, chosen in ((0, data[::2]), (1, data[1::2])):
+        layer = copy.deepcopy(model.experts[expert][0])
+        expected = gptq(
+            layer.weight, statistics_of(torch.cat([x.flatten(0, -2) for x in chosen])), SCHEMES["W4A16-g32"].weights
+        )
+        assert torch.equal(result.model.experts[expert][0].packed.qdata, expected.qdata)
+
+
+def test_propagation_keeps_zeros():
+    model = compress(stack(), {**SPARSEGPT, "pattern": "8x4"}, data=samples()).model
+    zeros = [float((p == 0).float().mean()) for p in model.parameters() if p.dim() == 2]
+    result = compress(
+        model, {"step": "quantize", "scheme": "W8A8", "algorithm": "gptq", "propagation": 0.5}, data=samples()
+    )
+    layers = [m for m in result.model.modules() if isinstance(m, QuantizedLinear)]
+    got = [float((m.packed.dequantize() == 0).float().mean()) for m in layers]
+    assert all(after >= before for before, after in zip(zeros, got, strict=True))

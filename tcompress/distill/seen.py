@@ -100,8 +100,7 @@ def tokens_of(batch: Any) -> torch.Tensor | None:
 
 def output_of(result: Any) -> torch.Tensor:
     """The tensor that a model is judged by."""
-    logits = result.get("logits") if isinstance(result, Mapping) else None
-    output = logits if isinstance(logits, torch.Tensor) else first_tensor(result)
+    output = first_tensor(result)
     if output is None:
         raise ValueError(message("distill", "output", type(result).__name__, "a float tensor in it"))
     return output

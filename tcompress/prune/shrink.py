@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tcompress import calibrate
-from tcompress.block_walk import Stage, collect, walk, weight_key
+from tcompress.block_walk import Stage, collect, walk
 from tcompress.channels import Found, Group, find_groups, is_plain_linear, moved
 from tcompress.errors import message
 from tcompress.match import Skip, any_matches, ignored, module_names, output_embeddings
@@ -26,7 +26,7 @@ from tcompress.report.size import model_sizes
 from tcompress.structure import set_linear
 from tcompress.targeted import left_report
 from tcompress.transform import Work, transforms
-from tcompress.weights import is_conv1d, linear_bias, linear_weight
+from tcompress.weights import is_conv1d, linear_bias, linear_weight, weight_key
 
 
 @transforms(Shrink)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tcompress import calibrate
-from tcompress.block_walk import Stage, collect, weight_key
+from tcompress.block_walk import Stage, collect
 from tcompress.nn.codebook_linear import CodebookLinear
 from tcompress.packing.codebook import CodebookWeight
 from tcompress.recipe import Codebook
@@ -14,7 +14,7 @@ from tcompress.share.kmeans import kmeans_codebook
 from tcompress.structure import carry
 from tcompress.targeted import left_report, put, replaced_report, target_layers
 from tcompress.transform import Work, transforms
-from tcompress.weights import linear_bias, linear_weight
+from tcompress.weights import linear_bias, linear_weight, weight_key
 
 
 @transforms(Codebook)

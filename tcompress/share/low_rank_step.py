@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from tcompress import calibrate
-from tcompress.block_walk import collect, walk, weight_key
+from tcompress.block_walk import collect, walk
 from tcompress.match import Skip
 from tcompress.nn.low_rank_linear import LowRankLinear
 from tcompress.recipe import LowRank
@@ -16,7 +16,7 @@ from tcompress.statistics import InputStatistics
 from tcompress.structure import carry
 from tcompress.targeted import left_report, put, replaced_report, target_layers
 from tcompress.transform import Work, transforms
-from tcompress.weights import linear_bias, linear_weight
+from tcompress.weights import linear_bias, linear_weight, weight_key
 
 
 @transforms(LowRank)
