@@ -76,6 +76,7 @@ def mixed_precision(
     targets: Sequence[str] = ("Linear", "Conv1D"),
     ignore: Sequence[str] = ("lm_head",),
     tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> MixedPrecision:
     """A recipe that spends a budget on the layers that need it.
 
@@ -96,7 +97,7 @@ def mixed_precision(
             a vocabulary (`logits`), else its relative squared error. "layer": the relative squared error of the layer's
             own output, all layers in one pass for each scheme: quicker, and blind to which layers matter more.
         targets, ignore: as in `recipe.Quantize`.
-        tokenizer: as for `compress`.
+        tokenizer, max_length: as for `compress`.
 
     Returns:
         The recipe with the table it was chosen by.
@@ -114,7 +115,7 @@ def mixed_precision(
     any_scheme = next(s for s in [*named.values(), SCHEMES["W8A8"]] if s)
     step = _step(any_scheme, targets=tuple(targets), ignore=tuple(ignore))
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]
-    samples = list(Samples(data, model, tokenizer))
+    samples = Samples(data, model, tokenizer, max_length).read("mixed_precision")
     table: list[dict[str, Candidate]] = []
     losses = _losses(model, matches, named, samples, measure)
     for m, of_layer in zip(matches, losses, strict=True):

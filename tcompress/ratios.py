@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from tcompress.prune import magnitude_mask, sparsegpt, wanda_mask
 from tcompress.prune.allocation import by_ranking, by_sensitivity
 from tcompress.prune.magnitude import block_scores, check
 from tcompress.recipe import Prune, Recipe
+from tcompress.samples import Samples
 from tcompress.statistics import InputStatistics
 from tcompress.targeted import target_layers
 from tcompress.weights import linear_weight
@@ -27,7 +28,15 @@ from tcompress.weights import linear_weight
 _Key = tuple[int, bool]
 
 
-def global_ratios(model: nn.Module, step: Prune | Mapping[str, Any], data: Any = None, most: float = 0.95) -> Recipe:
+def global_ratios(
+    model: nn.Module,
+    step: Prune | Mapping[str, Any],
+    data: Any = None,
+    most: float = 0.95,
+    *,
+    tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+    max_length: int | None = None,
+) -> Recipe:
     """Ranks the weights (or blocks of them) of all layers together, and gives each layer its part of the lowest.
 
     The score is that of the step's algorithm: |w|, or |w|·√E[x²] for "wanda", which is also taken for "sparsegpt"; the
@@ -38,18 +47,21 @@ def global_ratios(model: nn.Module, step: Prune | Mapping[str, Any], data: Any =
         step: with the sparsity of all its layers together.
         data: as for `compress`; "wanda" and "sparsegpt" need it.
         most: no layer loses more than this.
+        tokenizer, max_length: as for `compress`.
 
     Returns:
         A recipe with a step for each ratio; append what else is to be done.
 
     Raises:
-        ValueError: no layer matches, the pattern is N:M, which leaves nothing to choose, or there are no data.
+        ValueError: no layer matches, the pattern is N:M, which leaves nothing to choose, or there are no data that can
+            be used. TypeError: text without a tokenizer.
     """
     step = _checked(model, step, "global_ratios")
     layers = _by_weight(model, step)
     norms: dict[_Key, torch.Tensor] = {}
     if step.needs_data:
-        for stage in _stages(model, step, layers, data):
+        samples = Samples(_given(data, step.algorithm), model, tokenizer, max_length).read("global_ratios")
+        for stage in _stages(model, layers, samples):
             norms |= {key: s.norm / max(s.count, 1) ** 0.5 for key, s in collect(stage, hessian=False).items()}
     scores = {key: _scores(linear_weight(modules[0][0]), step, norms.get(key)) for key, modules in layers.items()}
     ratios = by_ranking(list(scores.values()), _sparsity(step), most)
@@ -62,6 +74,9 @@ def search_ratios(
     data: Any,
     ratios: Sequence[float] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8),
     sensitivity: Literal["layer", "output"] = "layer",
+    *,
+    tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+    max_length: int | None = None,
 ) -> Recipe:
     """Measures what each layer costs when it alone is pruned, and prunes more where that is little.
 
@@ -72,6 +87,7 @@ def search_ratios(
         ratios: at which each layer is measured, ascending from 0; the last is the most that one may lose.
         sensitivity: "layer": ‖(W - Ŵ) X‖² / ‖W X‖² of each layer, from one pass over the data; or "output": the same
             of the model's output with that layer pruned, for which the model runs once a layer and ratio.
+        tokenizer, max_length: as for `compress`.
 
     Returns:
         A recipe with a step for each ratio that was chosen (`prune.allocation.by_sensitivity`).
@@ -82,12 +98,12 @@ def search_ratios(
     step = _checked(model, step, "search_ratios")
     layers = _by_weight(model, step)
     errors: dict[_Key, list[float]] = {}
-    samples = list(calibrate.batches(_given(data, "search_ratios")))
+    samples = Samples(_given(data, "search_ratios"), model, tokenizer, max_length).read("search_ratios")
     expected: list[torch.Tensor | None] = []
     if sensitivity == "output":
         with calibrate.evaluating(model):
             expected = [calibrate.first_tensor(calibrate.run(model, sample)) for sample in samples]
-    for stage in _stages(model, step, layers, samples):
+    for stage in _stages(model, layers, samples):
         for key, statistics in collect(stage, hessian=True).items():
             weight = linear_weight(layers[key][0][0]).detach()
             pruned = (_pruned(weight, statistics, step, ratio) for ratio in ratios)
@@ -150,8 +166,7 @@ def _given(data: Any, where: str) -> Any:
     return data
 
 
-def _stages(model: nn.Module, step: Prune, layers: Mapping[_Key, Any], data: Any) -> Iterable[Stage]:
-    samples = list(calibrate.batches(_given(data, step.algorithm)))
+def _stages(model: nn.Module, layers: Mapping[_Key, Any], samples: list[Any]) -> Iterable[Stage]:
     modules = [module for group in layers.values() for module, _ in group]
     with calibrate.evaluating(model):
         yield from walk(model, samples, modules)

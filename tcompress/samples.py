@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,25 +13,29 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.blocks import tensors_in
-from tcompress.errors import message
+from tcompress.errors import CompressionWarning, message
 
 #: Under these names configurations keep how many positions a model has.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+#: A tokenizer of `transformers` that knows no length says 10³⁰.
+_NO_LENGTH = 10**9
 
 
 class Samples:
     """Batches, cleaned as they are read; `notes` says what that changed.
 
     The rules: text becomes token ids, one sample a text, so that there is no padding. A sample with an empty tensor, or
-    with NaN or infinity in a float tensor, is left out (a mask may hold minus infinity). Token ids longer than the
-    model has positions, or than `max_length`, are clipped to that, and every tensor [B, S] beside them with them.
+    with NaN or infinity in a float tensor, is left out. A mask may hold minus infinity: what has "mask" in its name (a
+    positional argument has that of the model's forward), or holds nothing but that and zeros. Token ids [B, S] longer
+    than the model has positions, or than `max_length`, are clipped to that, and every tensor [B, S] beside them with
+    them; the tokens of an encoder and a decoder each by their own length S.
     (Tokens with NaN or infinity inside of the model are left out layer by layer: `InputStatistics`.)
 
     Args:
         data: a tensor, a mapping, a tuple, a text, or an iterable of these, such as a DataLoader.
         model: that will be run.
         tokenizer: for text; called as those of `transformers` are.
-        max_length: in tokens.
+        max_length: in tokens; the tokenizer's `model_max_length` where it has one.
 
     Raises:
         TypeError: text without a tokenizer. ValueError: later, when read: no batches, or none that can be used.
@@ -48,7 +54,9 @@ class Samples:
             hint = "transformers.PreTrainedTokenizerFast(tokenizer_object=...) wraps one of the package tokenizers"
             raise TypeError(message("compress", "tokenizer", type(tokenizer).__name__, "a callable", hint))
         self.data, self.tokenizer, self.max_length = data, tokenizer, max_length
-        self._positions = max_length or _positions_of(model)
+        limits = (max_length or _length_of(tokenizer), _positions_of(model))
+        self._positions = min((limit for limit in limits if limit is not None), default=None)
+        self._parameters = list(inspect.signature(model.forward).parameters)
         self._accepted = _keywords_of(model)
         self._read = self._left_out = self._clipped = 0
 
@@ -59,13 +67,20 @@ class Samples:
             for sample in self._tokenized(batch) if _is_text(batch) else (batch,):
                 self._read += 1
                 sample = self._short_enough(sample)
-                if _usable(sample):
+                if self._is_usable(sample):
                     yield sample
                 else:
                     self._left_out += 1
         if self._left_out == self._read:
             got = f"{self._read} samples that are empty or hold NaN or infinity"
             raise ValueError(message("compress", "data", got, "at least one without"))
+
+    def read(self, where: str) -> list[Any]:
+        """All samples; warns of what was left out or clipped in the name of the function `where`."""
+        samples = list(self)
+        for note in self.notes:
+            warnings.warn(f"{where}: {note}", CompressionWarning, stacklevel=3)
+        return samples
 
     @property
     def notes(self) -> list[str]:
@@ -87,13 +102,21 @@ class Samples:
             encoded = self.tokenizer(text, return_tensors="pt", verbose=False)
             yield {k: v for k, v in encoded.items() if self._accepted is None or k in self._accepted}
 
+    def _is_usable(self, sample: Any) -> bool:
+        if not isinstance(sample, tuple | list):
+            return _usable(sample)
+        names = self._parameters[: len(sample)]
+        return all(_usable(item, name) for item, name in zip_longest(sample, names, fillvalue=""))
+
     def _short_enough(self, sample: Any) -> Any:
-        tensors = list(tensors_in(sample))
-        longest = max((t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()), default=0)
-        if self._positions is None or longest <= self._positions:
+        if self._positions is None:
+            return sample
+        tokens = [t for t in tensors_in(sample) if t.dim() == 2 and not t.is_floating_point()]
+        too_long = {t.shape[1] for t in tokens if t.shape[1] > self._positions}
+        if not too_long:
             return sample
         self._clipped += 1
-        return _clipped(sample, longest, self._positions)
+        return _clipped(sample, too_long, self._positions)
 
 
 def _positions_of(model: nn.Module) -> int | None:
@@ -101,8 +124,22 @@ def _positions_of(model: nn.Module) -> int | None:
     for name in _POSITIONS:
         positions = getattr(config, name, None)
         if isinstance(positions, int) and positions > 0:
-            return positions
+            return max(positions - _reserved(model, positions), 1)
     return None
+
+
+def _reserved(model: nn.Module, positions: int) -> int:
+    """How many of the positions no token gets: RoBERTa and its kin number tokens from `padding_idx` + 1 on."""
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and "pos" in own and module.num_embeddings == positions:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def _length_of(tokenizer: Any) -> int | None:
+    length = getattr(tokenizer, "model_max_length", None)
+    return length if isinstance(length, int) and 0 < length < _NO_LENGTH else None
 
 
 def _keywords_of(model: nn.Module) -> set[str] | None:
@@ -120,7 +157,7 @@ def _is_text(batch: Any) -> bool:
 
 
 def _usable(sample: Any, name: str = "") -> bool:
-    """Whether nothing in it is empty, NaN or infinite; minus infinity is what a mask holds."""
+    """Whether nothing in it is empty, NaN or infinite, except for the minus infinity of a mask."""
     if isinstance(sample, Mapping):
         return all(_usable(item, str(key)) for key, item in sample.items())
     if isinstance(sample, tuple | list):
@@ -131,13 +168,17 @@ def _usable(sample: Any, name: str = "") -> bool:
         return False
     if not sample.is_floating_point():
         return True
-    values = sample.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0) if "mask" in name else sample
-    return bool(torch.isfinite(values).all())
+    finite, masked = torch.isfinite(sample), torch.isneginf(sample)
+    if bool(finite.all()):
+        return True
+    if not finite.any() or not (finite | masked).all():  # a mask that leaves nothing is none
+        return False
+    return "mask" in name or not bool(sample[finite].any())
 
 
-def _clipped(value: Any, length: int, to: int) -> Any:
+def _clipped(value: Any, too_long: set[int], to: int) -> Any:
     if isinstance(value, torch.Tensor):
-        return value[:, :to] if value.dim() == 2 and value.shape[1] == length else value
+        return value[:, :to] if value.dim() == 2 and value.shape[1] in too_long else value
     if isinstance(value, Mapping):
-        return {key: _clipped(item, length, to) for key, item in value.items()}
-    return type(value)(_clipped(item, length, to) for item in value) if type(value) in (tuple, list) else value
+        return {key: _clipped(item, too_long, to) for key, item in value.items()}
+    return type(value)(_clipped(item, too_long, to) for item in value) if type(value) in (tuple, list) else value

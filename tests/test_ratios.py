@@ -121,6 +121,37 @@ def test_errors(net, step, data, problem):
         tcompress.global_ratios(net, step, data)
 
 
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.a, self.b = nn.Embedding(50, 8), nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, input_ids):
+        assert input_ids.shape[1] <= 6
+        return self.b(F.relu(self.a(self.embedding(input_ids))))
+
+
+def tokenizer(text, return_tensors, verbose):
+    return {"input_ids": torch.tensor([[ord(letter) % 50 for letter in text]], dtype=torch.long)}
+
+
+def by_mixed_precision(model, step, data, **options):
+    return tcompress.mixed_precision(model, data, bits_per_weight=10, schemes=("W4A16-g32", "W8A8"), **options).recipe
+
+
+@pytest.mark.parametrize("function", [tcompress.global_ratios, tcompress.search_ratios, by_mixed_precision])
+def test_of_text(function):
+    model, step = Language().eval(), {**STEP, "algorithm": "wanda"}
+    with pytest.warns(CompressionWarning, match="2 of 3 calibration samples clipped to 6 tokens") as warned:
+        recipe = function(model, step, ["some text", "text", "a long text"], tokenizer=tokenizer, max_length=6)
+    ids = [tokenizer(text, "pt", False) for text in ("some t", "text", "a long")]
+    assert recipe == function(model, step, ids)
+    assert {str(w.message).partition(":")[0] for w in warned} <= {"global_ratios", "search_ratios", "mixed_precision"}
+    with pytest.raises(TypeError, match="got text, expected tensors, or text and tokenizer="):
+        function(model, step, ["text"])
+
+
 @pytest.mark.parametrize("step", [{**STEP, "algorithm": "wanda"}, {"pattern": "2:4"}])
 def test_what_cannot_be_ranked(step):
     with pytest.raises(ValueError, match="scope: got 'model' with"):

@@ -78,6 +78,51 @@ def test_max_length_goes_before_the_positions():
         read("text", max_length=0)
 
 
+def test_max_length_beyond_the_positions():
+    (sample,), notes = read(torch.zeros(1, 9, dtype=torch.long), Model(positions=6), max_length=8)
+    assert sample.shape == (1, 6)
+    assert notes == ["1 of 1 calibration samples clipped to 6 tokens"]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(4, 4), (int(1e30), 6), (None, 6)])
+def test_the_length_that_the_tokenizer_knows(length, expected):
+    tokenizer = Tokenizer()
+    tokenizer.model_max_length = length
+    (sample,), _ = read("a long text", Model(positions=6), tokenizer=tokenizer)
+    assert sample["input_ids"].shape == (1, expected)
+    (sample,), _ = read("a long text", Model(positions=6), tokenizer=tokenizer, max_length=5)
+    assert sample["input_ids"].shape == (1, 5)
+
+
+def test_an_encoder_and_a_decoder_are_clipped_by_their_own_lengths():
+    shapes = {"input_ids": 30, "attention_mask": 30, "decoder_input_ids": 20, "labels": 9}
+    batch = {name: torch.ones(2, n, dtype=torch.long) for name, n in shapes.items()}
+    batch["decoder_attention_mask"] = torch.ones(2, 20)
+    (sample,), notes = read(batch, Model(positions=16))
+    assert {name: t.shape[1] for name, t in sample.items()} == {
+        "input_ids": 16,
+        "attention_mask": 16,
+        "decoder_input_ids": 16,
+        "decoder_attention_mask": 16,
+        "labels": 9,
+    }
+    assert notes == ["1 of 1 calibration samples clipped to 16 tokens"]
+
+
+def test_roberta_has_fewer_positions_than_its_table():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=34, **sizes)
+    model = transformers.RobertaModel(config).eval()
+    (sample,), notes = read({"input_ids": torch.full((1, 40), 5)}, model)
+    assert notes == ["1 of 1 calibration samples clipped to 32 tokens"]
+    assert model(**sample).last_hidden_state.shape == (1, 32, 16)
+    # BERT pads too, but its positions begin at 0, also where there are as many as words.
+    config = transformers.BertConfig(vocab_size=34, max_position_embeddings=34, **sizes)
+    (sample,), _ = read({"input_ids": torch.full((1, 40), 5)}, transformers.BertModel(config))
+    assert sample["input_ids"].shape == (1, 34)
+
+
 def test_floats_are_not_clipped():
     x = torch.randn(2, 9)
     (sample,), notes = read(x, Model(positions=6))
@@ -99,6 +144,16 @@ def test_a_mask_may_hold_minus_infinity():
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="1 samples that are empty or hold NaN or infinity"):
             read({"x": torch.ones(1), "attention_mask": mask.clone().fill_(bad)})
+
+
+def test_a_positional_mask_may_hold_minus_infinity():
+    x, mask = torch.zeros(1, 8, dtype=torch.long), nn.Transformer.generate_square_subsequent_mask(8)
+    assert len(read((x, mask))[0]) == 1
+    assert len(read((x, {"anything": mask}))[0]) == 1  # zeros and minus infinity: what else
+    assert len(read((x, mask + 1))[0]) == 1  # by the name in `forward`: attention_mask
+    for bad in ((mask + 1, x), (x, mask.clone().fill_diagonal_(torch.nan)), (x, x, mask + 1)):
+        with pytest.raises(ValueError, match="1 samples that are empty or hold NaN or infinity"):
+            read(bad)
 
 
 def test_nothing_to_use():

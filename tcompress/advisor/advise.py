@@ -17,7 +17,7 @@ from torch import nn
 from tcompress import calibrate, distances
 from tcompress.advisor.advice import Advice, Measured, misses, misses_in_quality, ranked
 from tcompress.advisor.candidates import Candidate, candidates, checked, with_sensitive_layers_in_8_bits
-from tcompress.advisor.profile import Profile, kernel_seconds, profile
+from tcompress.advisor.profile import Profile, kernel_seconds, name_of, profile
 from tcompress.advisor.target import Target
 from tcompress.compress import CompressResult, compress
 from tcompress.errors import CompressionWarning, message
@@ -27,6 +27,9 @@ from tcompress.samples import Samples
 from tcompress.timing import alternate
 
 Metric = Callable[[nn.Module], float]
+
+#: In which kernels take inputs.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,16 @@ def advise(
 
     Raises:
         TypeError: no module, or a target, metric or data of an unusable kind. ValueError: an unknown limit, no usable
-            data, or a metric of the model as it is that is not finite.
+            data, or a metric of the model as it is that is not finite. RuntimeError: the metric raised an error; on
+            which model is said.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("advise", "model", type(model).__name__, "a torch.nn.Module"))
     if metric is not None and not callable(metric):
         raise TypeError(message("advise", "metric", type(metric).__name__, "a callable that takes a model"))
     wanted = Target.load(target)
-    samples = None if data is None else list(Samples(data, model, tokenizer, max_length))
+    cleaned = None if data is None else Samples(data, model, tokenizer, max_length)
+    samples = None if cleaned is None else list(cleaned)
     fit, held_out = _split(samples)
     about = profile(model, None if fit is None else fit[0])
     if metric is None and held_out is not None:
@@ -100,7 +105,7 @@ def advise(
     if times:
         baseline = baseline.model_copy(update={"seconds": statistics.median(times), "speedup": 1.0})
     rows = _with_reasons(ranked(tried), baseline)
-    notes = _notes(about, baseline)
+    notes = [*([] if cleaned is None else cleaned.notes), *_notes(about, baseline)]
     return Advice(target=wanted, baseline=baseline, rows=rows, notes=tuple(notes), metric=kind)
 
 
@@ -130,19 +135,24 @@ def _split(samples: list[Any] | None) -> tuple[list[Any] | None, list[Any] | Non
 
 def _as_it_is(model: nn.Module, metric: Metric | None) -> Measured:
     sizes = model_sizes(model)
-    quality = None if metric is None else _value(metric, model)
+    quality = None if metric is None else _value(metric, model, "as it is")
     if quality is not None and not math.isfinite(quality):
         raise ValueError(message("advise", "metric", f"{quality} for the model as it is", "a finite number"))
     loss = None if quality is None else 0.0
     return Measured(name="as it is", disk=sizes.disk, memory=sizes.resident, quality=quality, loss=loss)
 
 
-def _value(metric: Metric, model: nn.Module) -> float:
-    value = metric(model)
+def _value(metric: Metric, model: nn.Module, name: str) -> float:
+    try:
+        value = metric(model)
+    except Exception as error:
+        got = f"an error on {name!r} ({type(error).__name__}: {error})"
+        raise RuntimeError(message("advise", "metric", got, "a number")) from error
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(message("advise", "metric", type(value).__name__, "a number")) from error
+        got = f"{type(value).__name__} on {name!r}"
+        raise TypeError(message("advise", "metric", got, "a number")) from error
 
 
 def _cosine_to(model: nn.Module, samples: list[Any]) -> Metric:
@@ -167,16 +177,13 @@ def _try(bench: _Bench, candidate: Candidate) -> tuple[Measured, CompressResult 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompressionWarning)  # they are in the report
             result = compress(bench.model, candidate.recipe, bench.fit, progress=False)
-    except ValueError as error:  # the recipe and the model do not go together: said in the table
-        failed = Measured(name=candidate.name, recipe=candidate.recipe, failure=str(error), reason=f"failed: {error}")
+        seconds, speedup = _times(bench, result.model)
+    except (ValueError, TypeError, RuntimeError) as error:  # recipe and model do not go together: said in the table
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        failed = Measured(name=candidate.name, recipe=candidate.recipe, failure=text, reason=f"failed: {text}")
         return failed, None
-    sizes, seconds, speedup = model_sizes(result.model), None, None
-    if bench.fit is not None:
-        with calibrate.evaluating(bench.model), calibrate.evaluating(result.model), torch.inference_mode():
-            functions = [_call(m, bench.fit[0]) for m in (bench.model, result.model)]
-            before, after = alternate(functions, bench.seconds, warm_up=2)
-        seconds, speedup = after.median, before.median / after.median
-    quality = None if bench.metric is None else _value(bench.metric, result.model)
+    sizes = model_sizes(result.model)
+    quality = None if bench.metric is None else _value(bench.metric, result.model, candidate.name)
     row = Measured(
         name=candidate.name,
         recipe=candidate.recipe,
@@ -190,6 +197,16 @@ def _try(bench: _Bench, candidate: Candidate) -> tuple[Measured, CompressResult 
     )
     missed = (*misses(row, bench.target), *misses_in_quality(row, bench.target, bench.maximize))
     return row.model_copy(update={"misses": missed}), result
+
+
+def _times(bench: _Bench, model: nn.Module) -> tuple[float | None, float | None]:
+    """Seconds of a call, and how many times as fast that is as the model as it is; None without data."""
+    if bench.fit is None:
+        return None, None
+    with calibrate.evaluating(bench.model), calibrate.evaluating(model), torch.inference_mode():
+        functions = [_call(m, bench.fit[0]) for m in (bench.model, model)]
+        before, after = alternate(functions, bench.seconds, warm_up=2)
+    return after.median, before.median / after.median
 
 
 def _loss(quality: float | None, before: float | None, maximize: bool) -> float | None:
@@ -242,11 +259,13 @@ def _notes(about: Profile, baseline: Measured) -> list[str]:
         f"{about.parameters / 1e6:.1f} M parameters: {about.linear:.0%} in linear layers, {about.embedding:.0%} in "
         f"embeddings; {about.zeros:.0%} of the linear layers' weights is zero"
     ]
-    if about.calls and baseline.seconds:
+    # On other devices calls return before they are done, so that one layer's time is not that of its call.
+    if about.calls and baseline.seconds and about.cpu_dtype in _FLOATS:
         schemes: list[Scheme] = [int8_scheme(), SCHEMES["W4A8-g32"], SCHEMES["W4A16-g64"]]
-        times = kernel_seconds(about.calls, schemes)
-        plain = times.pop("float32")
+        times = kernel_seconds(about.calls, schemes, dtype=about.cpu_dtype)
+        dtype = name_of(about.cpu_dtype)
+        plain = times.pop(dtype)
         gains = ", ".join(f"{name} {plain / max(value, 1e-9):.1f}x" for name, value in times.items())
         share = plain / baseline.seconds
-        found.append(f"linear layers take about {share:.0%} of a call in torch's float32; alone, by kernel: {gains}")
+        found.append(f"linear layers take about {share:.0%} of a call in torch's {dtype}; alone, by kernel: {gains}")
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tcompress.advisor.profile import Profile
+from tcompress.quantize.scheme import SCHEMES
 from tcompress.recipe import Recipe
 from tcompress.report.report import Report
 
@@ -44,7 +46,7 @@ def candidates(profile: Profile, with_data: bool) -> list[Candidate]:
         why = f"{profile.zeros:.0%} of the linear layers' weights is zero"
         found.insert(0, _preset("sparse-int8", why))
     few = profile.tokens is not None and profile.tokens <= FEW_TOKENS
-    why = "an eighth of the bytes" + (", and few tokens: time is that of reading weights" if few else "")
+    why = _bits("W4A8-g32", profile) + (", and few tokens: time is that of reading weights" if few else "")
     found.append(_linear("int4", "W4A8-g32", None, why))
     found.append(_linear("W4A16-g64", "W4A16-g64", None, "four bits of weights, activations as they are"))
     found.append(_floats("int8, float attention", "int8", "what attention in integers brings and costs"))
@@ -78,6 +80,13 @@ def with_sensitive_layers_in_8_bits(candidate: Candidate, report: Report) -> Can
     shown = ", ".join(sorted(names, key=lambda name: errors[name])[:3])
     why = f"eight bits for the {len(names)} of {len(errors)} layers that suffer most, such as {shown}"
     return Candidate(f"{candidate.name}, sensitive in 8 bits", recipe, why)
+
+
+def _bits(scheme: str, profile: Profile) -> str:
+    """What a weight takes under a scheme with groups, scales included, and what it takes now."""
+    weights = SCHEMES[scheme].weights
+    bits = weights.bits + {"float16": 16, "float32": 32}[weights.scale_dtype] / (weights.group_size or math.inf)
+    return f"{bits:g} bits a weight" + (f" in place of {profile.bits:g}" if profile.bits else "")
 
 
 def _preset(name: str, why: str) -> Candidate:

@@ -29,6 +29,8 @@ class Profile:
         parameters: how many, each counted once.
         linear, embedding: which part of them lies in linear layers and in embeddings.
         zeros: which part of the linear layers' weights is zero.
+        bits: that a linear layer's weight takes, on average; 0 without linear layers.
+        cpu_dtype: of all linear layers' weights, where it is one and they lie in the main memory; else None.
         calls: how often each (tokens, N, K) is multiplied in one call on the first batch; empty without data.
     """
 
@@ -36,6 +38,8 @@ class Profile:
     linear: float
     embedding: float
     zeros: float
+    bits: float
+    cpu_dtype: torch.dtype | None
     calls: dict[Shape, int]
 
     @property
@@ -53,6 +57,9 @@ def profile(model: nn.Module, batch: Any) -> Profile:
     total = sum(p.numel() for p in model.parameters())
     elements = sum(w.numel() for w in weights.values())
     zeros = sum(int((w == 0).sum()) for w in weights.values())
+    bits = sum(8 * w.element_size() * w.numel() for w in weights.values())
+    kinds = {(w.device.type, w.dtype) for w in weights.values()}
+    cpu_dtype = next((dtype for device, dtype in kinds if device == "cpu"), None) if len(kinds) == 1 else None
     calls: Counter[Shape] = Counter()
     if batch is not None:
         with calibrate.evaluating(model), ExitStack() as stack:
@@ -60,7 +67,15 @@ def profile(model: nn.Module, batch: Any) -> Profile:
                 stack.callback(m.register_forward_pre_hook(_counted(calls), with_kwargs=True).remove)
             calibrate.run(model, batch)
     tied = sum(t.numel() for key, t in tables.items() if key not in weights)
-    return Profile(total, elements / max(total, 1), tied / max(total, 1), zeros / max(elements, 1), dict(calls))
+    return Profile(
+        parameters=total,
+        linear=elements / max(total, 1),
+        embedding=tied / max(total, 1),
+        zeros=zeros / max(elements, 1),
+        bits=bits / max(elements, 1),
+        cpu_dtype=cpu_dtype,
+        calls=dict(calls),
+    )
 
 
 def _counted(calls: Counter[Shape]) -> Any:
@@ -72,24 +87,32 @@ def _counted(calls: Counter[Shape]) -> Any:
     return hook
 
 
-def kernel_seconds(calls: dict[Shape, int], schemes: Sequence[Scheme], seconds: float = 0.05) -> dict[str, float]:
-    """Seconds that all linear layers of one call take: "float32", torch's, and by each scheme's name, measured.
+def kernel_seconds(
+    calls: dict[Shape, int], schemes: Sequence[Scheme], seconds: float = 0.05, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Seconds that all linear layers of one call take on the CPU: torch's, under the name of the dtype, and by scheme.
 
     Args:
         calls: of `profile`.
         seconds: for which each shape is measured; weights are random.
+        dtype: of the inputs, and of torch's weights: one that `QuantizedLinear` takes.
     """
-    total = {"float32": 0.0} | {scheme.name: 0.0 for scheme in schemes}
+    total = {name_of(dtype): 0.0} | {scheme.name: 0.0 for scheme in schemes}
     generator = torch.Generator("cpu").manual_seed(0)
     for (m, n, k), times in calls.items():
-        linear = nn.Linear(k, n, device="cpu", dtype=torch.float32)
-        x = torch.randn(m, k, generator=generator, dtype=torch.float32, device="cpu")
+        linear = nn.Linear(k, n, device="cpu", dtype=dtype)
+        x = torch.randn(m, k, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         layers: list[nn.Module] = [linear, *(QuantizedLinear.from_linear(linear, scheme) for scheme in schemes)]
         with torch.inference_mode():
             found = alternate([_call(layer, x) for layer in layers], seconds, warm_up=1, min_calls=3)
         for name, timing in zip(total, found, strict=True):
             total[name] += times * timing.median
     return total
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> Any:

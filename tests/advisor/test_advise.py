@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 
 import pytest
 import torch
@@ -92,6 +94,56 @@ def test_a_recipe_that_fails_stands_last_with_the_reason():
     assert not advice.rows[1].meets_target
 
 
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])
+@pytest.mark.parametrize("where", ["compress", "alternate"])
+def test_any_error_of_a_candidate_leaves_the_others(monkeypatch, error, where):
+    module = sys.modules[tcompress.advise.__module__]
+    function, calls = getattr(module, where), []
+
+    def first_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error("sizes do not match")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, where, first_fails)
+    advice = advise(model(), data(), candidates=["sparse-int8", "int8"])
+    assert [row.name for row in advice.rows] == ["int8", "sparse-int8"]
+    assert advice.best.name == "int8"
+    assert advice.rows[1].failure.endswith("sizes do not match")
+    assert (advice.rows[1].failure == "sizes do not match") is (error is ValueError)
+
+
+def test_an_error_of_the_metric_names_the_candidate():
+    def metric(m):
+        if not isinstance(m[0], nn.Linear):
+            raise TypeError("no linear layer")
+        return 1.0
+
+    text = r"advise: metric: got an error on 'int8' \(TypeError: no linear layer\), expected a number"
+    with pytest.raises(RuntimeError, match=text):
+        advise(model(), data(), metric, candidates=["int8"])
+
+
+def test_what_was_left_out_is_told():
+    spoiled = torch.full((3, 64), torch.nan)
+    advice = advise(model(), [*data(), spoiled], candidates=["int8"])
+    assert advice.notes[0] == "1 of 5 calibration samples left out: empty, or with NaN or infinity"
+    assert advice.notes[0] in str(advice)
+
+
+def test_linear_layers_are_timed_in_the_models_type(monkeypatch):
+    inputs = [x.bfloat16() for x in data()]
+    advice = advise(model().bfloat16(), inputs, candidates=["int8"])
+    assert "of a call in torch's bfloat16; alone, by kernel: " in advice.notes[-1]
+    assert "float32" in advise(model(), data(), candidates=["int8"]).notes[-1]
+    mixed = nn.Sequential(model(), nn.Linear(8, 8).double())
+    assert profile(mixed, None).cpu_dtype is None
+    elsewhere = dataclasses.replace(profile(model(), data()[0]), cpu_dtype=None)
+    monkeypatch.setattr(sys.modules[tcompress.advise.__module__], "profile", lambda *_: elsewhere)
+    assert "of a call" not in str(advise(model(), data(), candidates=["int8"]))
+
+
 def test_a_metric_that_is_nan_keeps_to_no_limit():
     values = iter([1.0, float("nan")])
     advice = advise(model(), data(), lambda m: next(values), {"max_loss": 0.5}, candidates=["int8"])
@@ -106,7 +158,8 @@ def test_a_metric_that_is_nan_keeps_to_no_limit():
         ({"target": {"latency": -1}}, ValueError, "advise: target.latency: got -1, expected"),
         ({"target": 3}, TypeError, "advise: target: got int, expected a Target or a dict"),
         ({"metric": 3}, TypeError, "advise: metric: got int, expected a callable"),
-        ({"metric": lambda m: "good"}, TypeError, "advise: metric: got str, expected a number"),
+        ({"metric": lambda m: "good"}, TypeError, "advise: metric: got str on 'as it is', expected a number"),
+        ({"metric": lambda m: m.missing}, RuntimeError, "advise: metric: got an error on 'as it is' .AttributeError"),
         ({"metric": lambda m: float("nan")}, ValueError, "advise: metric: got nan for the model as it is"),
         ({"data": ["text"]}, TypeError, "compress: data: got text"),
         ({"candidates": ["int9"]}, ValueError, "Recipe: recipe: got 'int9'"),
@@ -141,7 +194,10 @@ def test_the_candidates_follow_from_the_model():
     names = [c.name for c in candidates(dense, False)]
     assert names[0] == "int8"
     assert not any("gptq" in name for name in names)
-    assert "few tokens" in next(c.why for c in candidates(dense, False) if c.name == "int4")
+    why = next(c.why for c in candidates(dense, False) if c.name == "int4")
+    assert why == "4.5 bits a weight in place of 32, and few tokens: time is that of reading weights"
+    half = candidates(profile(model().half(), None), False)
+    assert next(c.why for c in half if c.name == "int4") == "4.5 bits a weight in place of 16"
 
 
 def test_a_profile_counts_tied_weights_once():
