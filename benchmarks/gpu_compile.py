@@ -126,6 +126,10 @@ def _variants() -> Iterator[Variant]:
             yield Variant(name, "attend", partial(attend, d, 4096, causal=causal, value_bits=8))
         yield Variant(f"attention d{d} varlen causal", "attend_varlen", partial(gpu_launches.varlen, d, right=0))
     yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(attend, 128, 4096, return_lse=True))
+    for kernel, name in (("value_ranges", "ranges"), ("quantize_value_blocks", "integers")):
+        yield Variant(f"attention d128 values, {name}", kernel, partial(attend, 128, 4096, value_bits=8))
+    for kernel, name in (("key_sums_varlen", "means"), ("quantize_varlen", "quantizer")):
+        yield Variant(f"attention d128 varlen, {name}", kernel, partial(gpu_launches.varlen, 128, right=0))
     yield Variant("attention d128 means", "key_sums", partial(attend, 128, 4096))
     yield Variant("decode d128", "decode_split", gpu_launches.decode)
     yield Variant("decode d128 batch 16", "decode_split", partial(gpu_launches.decode, batch=16))
@@ -154,6 +158,8 @@ def _variants() -> Iterator[Variant]:
         for m in (16, 8192):
             yield Variant(f"2:4 {name} m{m}", "two_four", partial(gpu_launches.two_four, m, values))
         yield Variant(f"16x16 {name} m512", "block_sparse", partial(gpu_launches.block_sparse, 512, (16, 16), values))
+        one_token = partial(gpu_launches.block_sparse, 1, (16, 16), values)
+        yield Variant(f"16x16 {name} m1", "block_sparse_narrow", one_token)
     floats = partial(gpu_launches.block_sparse, 512, (16, 16), BF16)
     yield Variant("16x16 bf16 m512 panels", "float_panels", floats)
     yield Variant("8x4 int4 m16", "int4_block_sparse", partial(gpu_launches.int4_sparse, 16))

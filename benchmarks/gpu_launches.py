@@ -189,6 +189,7 @@ def one_of_each() -> None:
     two_four(64)
     block_sparse(64, (16, 16))
     block_sparse(64, (16, 16), BF16)
+    block_sparse(1, (8, 4))
     int4_sparse(64)
     norm(4096)
     rotary()

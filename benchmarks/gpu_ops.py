@@ -128,12 +128,12 @@ def varlen() -> Iterator[Row]:
         offsets = ends.cuda()
         padded = [pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)]
         first = [x[: lengths[0]].transpose(0, 1)[None, :1] for x in (q, k, v)]
-        exact = _attention(*first, True)[0].transpose(0, 1)
+        exact = _attention(first[0], first[1], first[2], True)[0].transpose(0, 1)
         ours = partial(
             ops.quantized_attention_varlen, q, k, v, offsets, offsets, bits=8, is_causal=True
         )  # as flash_attn_varlen_func is called
         calls: Calls = {
-            "torch SDPA, padded": [partial(_padded, *padded, lengths[0])],
+            "torch SDPA, padded": [partial(_padded, padded[0], padded[1], padded[2], lengths[0])],
             "triton": [forced("triton", ours)],
         }
         calls |= {name: [call] for name, call in gpu_peers.varlen(q, k, v, offsets, max(lengths)).items()}
