@@ -47,6 +47,14 @@ TILES = TileTable(
         "head of 256": attention_tile(128, 64, 8, 2, ones=True),
         "head of 128, values in int8": attention_tile(128, 64, 8, 3, ones=True),
     },
+    # 64 KiB of shared memory: two stages.
+    gfx942={
+        "head of 64": attention_tile(128, 128, 8, 2, ones=True),
+        "head of 128": attention_tile(128, 64, 8, 2, ones=True),
+        "head of 256": attention_tile(64, 32, 8, 2, ones=True),
+        "head of 128, values in int8": attention_tile(128, 64, 8, 2),
+        "head of 256, values in int8": attention_tile(64, 32, 8, 2, ones=True),
+    },
 )
 
 

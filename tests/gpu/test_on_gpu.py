@@ -207,10 +207,10 @@ def test_a_graph_of_sequences_laid_end_to_end():
     if WHY_NOT["triton"]:
         pytest.skip(WHY_NOT["triton"])
     from tcompress.kernels.triton.attention import attention
-    from tcompress.kernels.triton.attention_tiles import Tiles
+    from tcompress.kernels.triton.attention_tiles import attention_tile
     from tcompress.kernels.triton.attention_varlen import attention_varlen
 
-    tile = Tiles(64, 64, 4, 2)
+    tile = attention_tile(64, 64, 4, 2)
     q, k, v = normal(900, 4, 64), normal(900, 2, 64, seed=1), normal(900, 2, 64, seed=2)
     ends = torch.tensor([0, 900, 900, 900], device="cuda")
 

@@ -12,14 +12,14 @@ triton_cases.require()
 
 from guarded import guarded, outcome  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.attention_values import quantize_values  # noqa: E402
 
 import tcompress.ops  # noqa: E402, F401
 from tcompress.ops.attention_numbers import quantize_tokens  # noqa: E402
 from tcompress.ops.attention_reference import Visible  # noqa: E402
 
-SMALL, ONES = Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2, ones=True)
+SMALL, ONES = attention_tile(32, 32, 4, 2), attention_tile(32, 32, 4, 2, ones=True)
 
 
 def random(*shape, dtype=torch.float16, seed=0):

@@ -15,12 +15,12 @@ triton_cases.require()
 from guarded import guarded, outcome  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
 from tcompress.kernels.triton.attention_sequences import blocks  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 
 from tcompress import ops, quantized_attention_varlen, use_backend  # noqa: E402
 
-TILE = Tiles(32, 32, 4, 2)
+TILE = attention_tile(32, 32, 4, 2)
 LENGTHS = [  # of queries, of keys
     ([5], [7]),
     ([1, 1, 1], [1, 1, 1]),
@@ -85,7 +85,7 @@ def test_each_sequence_by_itself(lengths, options):
 def test_several_pieces_of_a_mean_and_the_default_tile():
     arguments = packed(([40, 150], [600, 270]), d=64, dv=64)
     out, _ = attention_varlen(*arguments, right=0, bottom_right=True)
-    expected, _ = alone(*arguments, right=0, bottom_right=True, tile=Tiles(64, 64, 4, 2, ones=True))
+    expected, _ = alone(*arguments, right=0, bottom_right=True, tile=attention_tile(64, 64, 4, 2, ones=True))
     assert torch.equal(out, expected)
 
 

@@ -14,7 +14,7 @@ triton_cases.require_compiler()
 
 from emulated import emulated  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
@@ -275,7 +275,7 @@ def test_a_query_that_is_not_finite_spoils_itself():
 
 
 def test_sequences_laid_end_to_end_as_the_dense_kernel_has_them():
-    tile = Tiles(64, 32, 4, 2, ones=True)
+    tile = attention_tile(64, 32, 4, 2, ones=True)
     lengths, tokens = [0, 5, 70, 75], [0, 33, 70, 103]
     q, k, v = random(75, 1, 32, dtype=F16), random(103, 1, 32, dtype=F16, seed=1), random(103, 1, 32, dtype=F16, seed=2)
     with emulated(80) as gpu:
@@ -297,7 +297,9 @@ def test_values_in_int8(ones):
     q, k, v = (random(1, 1, s, 32, dtype=F16, seed=s) for s in (40, 70, 71))
     v = v[:, :, :70]
     with emulated(80) as gpu:
-        out, lse = attention(q, k, v, causal=False, return_lse=True, tile=Tiles(64, 32, 4, 2, ones=ones), value_bits=8)
+        out, lse = attention(
+            q, k, v, causal=False, return_lse=True, tile=attention_tile(64, 32, 4, 2, ones=ones), value_bits=8
+        )
     scale_q, scale_k, shift = integers_are_right(gpu.launched[-1], q, k, 32**-0.5)
     seen = torch.ones(40, 70, dtype=torch.bool)
     expected, _, expected_lse = exact(scale_q, scale_k, v.double(), None, seen)

@@ -14,7 +14,7 @@ triton_cases.require_compiler()
 from emulated import emulated  # noqa: E402
 from ptx import AsyncNotWaited, DivergentBarrier, Misaligned, OutOfBounds, PtxError, Race  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
 from tcompress.kernels.triton.quantize_tokens import quantize_tokens  # noqa: E402
@@ -42,7 +42,7 @@ def attend_varlen() -> torch.Tensor:
     """Two sequences, of 20 and 13 queries and 33 and 30 keys."""
     q, k, v = random(33, 1, 32).half(), random(63, 1, 32, seed=1).half(), random(63, 1, 32, seed=2).half()
     ends = torch.tensor([0, 20, 33]), torch.tensor([0, 33, 63])
-    return attention_varlen(q, k, v, *ends, right=0, tile=Tiles(64, 32, 4, 2))[0]
+    return attention_varlen(q, k, v, *ends, right=0, tile=attention_tile(64, 32, 4, 2))[0]
 
 
 RUNS: dict[str, Callable[[], torch.Tensor]] = {

@@ -15,9 +15,9 @@ import test_triton_emulated as emulated_cases  # noqa: E402
 from emulated import emulated  # noqa: E402
 from ptx import AsyncNotWaited, MissingFence  # noqa: E402
 from tcompress.kernels.triton.attention import attention  # noqa: E402
-from tcompress.kernels.triton.attention_tiles import Tiles  # noqa: E402
+from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.linear import linear  # noqa: E402
-from tcompress.kernels.triton.linear_tiles import WideTiles  # noqa: E402
+from tcompress.kernels.triton.tiles import TileConfig  # noqa: E402
 
 int8_linear = emulated_cases.int8_linear
 random, arguments = emulated_cases.random, emulated_cases.arguments
@@ -27,9 +27,9 @@ SLOW = pytest.mark.slow
 LINEAR = [  # tokens, channels, products, bits, symmetric, tile
     (33, 70, 130, 8, True, None),
     (65, 64, 128, 7, False, None),
-    (70, 50, 300, 8, True, WideTiles(64, 32, 128, 4, 8)),
-    (130, 257, 400, 8, True, WideTiles(128, 128, 128, 8, 3, registers=128)),
-    (70, 130, 512, 7, False, WideTiles(64, 256, 64, 8, 3)),
+    (70, 50, 300, 8, True, TileConfig(64, 32, 128, 4, 8)),
+    (130, 257, 400, 8, True, TileConfig(128, 128, 128, 8, 3, registers=128)),
+    (70, 130, 512, 7, False, TileConfig(64, 256, 64, 8, 3)),
 ]
 
 
@@ -59,10 +59,10 @@ def test_attention(case):
 
 
 NORMAL = [  # D, causal, tile
-    pytest.param(64, True, Tiles(128, 128, 4, 3), marks=SLOW),
+    pytest.param(64, True, attention_tile(128, 128, 4, 3), marks=SLOW),
     pytest.param(64, False, None, marks=SLOW),
     pytest.param(128, True, None, marks=SLOW),
-    pytest.param(128, False, Tiles(128, 64, 8, 3, registers=128)),
+    pytest.param(128, False, attention_tile(128, 64, 8, 3, registers=128)),
 ]
 
 
