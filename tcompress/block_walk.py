@@ -13,7 +13,7 @@ from torch import nn
 
 from tcompress.blocks import BlockRunner, find_chains
 from tcompress.statistics import InputStatistics
-from tcompress.weights import is_conv1d, linear_weight
+from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def walk(
 
 def weight_key(module: nn.Module) -> tuple[int, bool]:
     """Equal for linear layers with one weight."""
+    if is_masked_by_torch(module):  # the attribute `weight` is another tensor after each call
+        return hash((id(module.weight_orig), id(module.weight_mask))), is_conv1d(module)
     return id(module.weight), is_conv1d(module)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from tcompress.blocks import find_chains
 from tcompress.calibrate import evaluating, run
 from tcompress.errors import message
+from tcompress.replace import copied_model
 
 #: What configurations call the number of their blocks.
 _COUNTS = (
@@ -45,15 +46,16 @@ def student_of(
         The student, in the teacher's mode.
 
     Raises:
-        ValueError: both or neither were given, no blocks were found, there is no such block, or the model does not run
-            without those that were left out.
+        ValueError: both or neither were given, a model that cannot be copied, no blocks were found, there is no such
+            block, or the model does not run without those that were left out.
     """
     if (every is None) == (layers is None):
         got = "both" if layers is not None else "neither"
         raise ValueError(message("student_of", "every, layers", got, "one of the two"))
     if every is not None and every < 1:
         raise ValueError(message("student_of", "every", every, "1 or more"))
-    student = copy.deepcopy(teacher)
+    hint = "make its weights plain (remove_weight_norm, …) first"
+    student = copied_model(teacher, where="student_of", argument="teacher", hint=hint)
     with evaluating(student):
         chains = find_chains(student, batch)
     if not chains:
