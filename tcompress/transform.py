@@ -84,7 +84,8 @@ def transform(
         The work done, with the new model, and the recipe of the other steps, None where there are no others.
 
     Raises:
-        ValueError: what the steps raise, or a model that cannot be copied. With `inplace` the model may then be changed in part.
+        ValueError: what the steps raise, or a model that cannot be copied. With `inplace` the model may then be
+            changed in part.
     """
     samples = None if data is None else list(calibrate.batches(data))
     teaches = any(isinstance(step, Distill) for step in recipe.steps)

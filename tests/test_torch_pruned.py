@@ -115,10 +115,9 @@ def test_weights_that_a_hook_computes_are_named():
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
     x = torch.randn(4, 8)
     model(x)
-    for step in ({"step": "low_rank", "ratio": 0.5}, {"scheme": "W8A8"}):
-        with pytest.raises(ValueError, match=r"compress: model: got a model that cannot be copied .*; or pass inplace"):
-            tcompress.compress(model, {"steps": [step]}, data=x)
+    with pytest.raises(ValueError, match=r"compress: model: got a model that cannot be copied .*; or pass inplace"):
+        tcompress.compress(model, {"steps": [{"step": "low_rank", "ratio": 0.5}]}, data=x)
     with pytest.raises(
-        ValueError, match="student_of: teacher: got a model that cannot be copied .* remove_weight_norm"
+        ValueError, match=r"student_of: teacher: got a model that cannot be .*plain \(remove_weight_norm"
     ):
         tcompress.student_of(model, x, every=2)
