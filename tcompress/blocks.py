@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -153,19 +154,19 @@ class BlockRunner:
         """Makes the blocks before this one hand out what the last of their chain returned."""
         with ExitStack() as stack:
             for index, blocks in enumerate(self.chains[: chain + 1]):
-                output = _copied(self._outputs[index][batch])  # a block may write into what it is given
+                output = copied(self._outputs[index][batch])  # a block may write into what it is given
                 for done in blocks if index < chain else blocks[:block]:
                     stack.enter_context(forward_replaced(done, _constant(output)))
             yield
 
 
-def _copied(value: Any) -> Any:
-    """The same with tensors of their own, where it is made of plain tuples, lists and dicts."""
+def copied(value: Any) -> Any:
+    """The same with nothing shared, which a block may write into; a key-value cache, for one, grows with each call."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return value.detach().clone()
     if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
-    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
+        return type(value)(copied(item) for item in value)
+    return {key: copied(item) for key, item in value.items()} if type(value) is dict else copy.deepcopy(value)
 
 
 def _constant(output: Any) -> Any:

@@ -19,12 +19,13 @@ from tcompress.calibrate import evaluating, first_tensor, run
 from tcompress.errors import message
 from tcompress.match import Match, match
 from tcompress.nn import QuantizedLinear
+from tcompress.nn.kernel_layout import KernelWeight
 from tcompress.quantize import SCHEMES, Scheme
 from tcompress.recipe import Quantize, Recipe
 from tcompress.report.size import model_sizes
 from tcompress.samples import Samples
 from tcompress.solve_layer import integers
-from tcompress.weights import linear_bias, linear_weight
+from tcompress.weights import linear_bias, linear_weight, weight_key
 
 #: The name of the choice to leave a layer in floating point.
 FLOAT = "float"
@@ -37,12 +38,14 @@ class LayerChoice:
     Attributes:
         name: path in the model.
         chosen: a scheme's name, or "float".
-        candidates: by name, with cost and loss.
+        candidates: by name, with cost and loss: those of layers with one weight together.
+        aliases: paths of the other layers that have this one's weight, for which the same was chosen.
     """
 
     name: str
     chosen: str
     candidates: Mapping[str, Candidate]
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,13 @@ def mixed_precision(
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]
     samples = Samples(data, model, tokenizer, max_length).read("mixed_precision")
     table: list[dict[str, Candidate]] = []
-    losses = _losses(model, matches, named, samples, measure)
-    for m, of_layer in zip(matches, losses, strict=True):
-        layers = {name: _quantized(m, scheme) for name, scheme in named.items()}
-        costs = _latencies(layers, tokens, linear_weight(m.module)) if kind == "latency_ms" else _sizes(layers)
+    groups = _by_weight(matches)
+    losses = _losses(model, groups, named, samples, measure)
+    for group, of_layer in zip(groups, losses, strict=True):
+        layers = {name: _quantized(group, scheme) for name, scheme in named.items()}
+        costs = _latencies(layers, tokens, linear_weight(group[0].module)) if kind == "latency_ms" else _sizes(layers)
         table.append({name: Candidate(costs[name], of_layer[name]) for name in layers})
-    weights = sum(linear_weight(m.module).numel() for m in matches)
+    weights = sum(linear_weight(group[0].module).numel() for group in groups)
     if kind == "bits_per_weight":
         budget = budget * weights / 8
     elif kind == "size_mb":
@@ -134,7 +138,8 @@ def mixed_precision(
         total /= 1e6
     elif kind == "bits_per_weight":
         total *= 8 / weights
-    choices = tuple(LayerChoice(m.names[0], c, t) for m, c, t in zip(matches, chosen, table, strict=True))
+    paths = [[m.names[0] for m in group] for group in groups]
+    choices = tuple(LayerChoice(p[0], c, t, tuple(p[1:])) for p, c, t in zip(paths, chosen, table, strict=True))
     loss = sum(options[name].loss for options, name in zip(table, chosen, strict=True))
     return MixedPrecision(_recipe(choices, named, algorithm), choices, total, loss)
 
@@ -142,7 +147,8 @@ def mixed_precision(
 def _recipe(choices: Sequence[LayerChoice], named: Mapping[str, Scheme | None], algorithm: str) -> Recipe:
     steps = []
     for name, scheme in named.items():
-        own = tuple(f"re:{re.escape(choice.name)}$" for choice in choices if choice.chosen == name)
+        paths = [path for choice in choices if choice.chosen == name for path in (choice.name, *choice.aliases)]
+        own = tuple(f"re:{re.escape(path)}$" for path in paths)
         if scheme is not None and own:
             steps.append(_step(scheme, algorithm=algorithm, targets=own))
     if not steps:
@@ -155,48 +161,65 @@ def _step(scheme: Scheme, **fields: Any) -> Quantize:
     return Quantize.model_validate({"scheme": scheme, **fields})
 
 
-def _quantized(m: Match, scheme: Scheme | None) -> nn.Module:
-    """The layer under a scheme, rounded to nearest."""
+def _by_weight(matches: Sequence[Match]) -> list[list[Match]]:
+    """Layers with one weight together: two schemes would make two weights of it."""
+    groups: dict[tuple[int, bool], list[Match]] = {}
+    for m in matches:
+        groups.setdefault(weight_key(m.module), []).append(m)
+    return list(groups.values())
+
+
+def _quantized(group: Sequence[Match], scheme: Scheme | None) -> list[nn.Module]:
+    """The layers of one weight under a scheme, rounded to nearest."""
     if scheme is None:
-        return m.module
-    packed = integers(linear_weight(m.module).detach(), _step(scheme))
-    return QuantizedLinear.from_packed(packed, linear_bias(m.module), scheme).eval()
+        return [m.module for m in group]
+    packed = integers(linear_weight(group[0].module).detach(), _step(scheme))
+    layers: list[nn.Module] = []
+    kernel: KernelWeight | None = None
+    for m in group:
+        layer = QuantizedLinear.from_packed(packed, linear_bias(m.module), scheme, kernel=kernel).eval()
+        kernel = layer.held_kernel
+        layers.append(layer)
+    return layers
 
 
-def _sizes(layers: Mapping[str, nn.Module]) -> dict[str, float]:
-    return {name: float(model_sizes(layer).disk) for name, layer in layers.items()}
+def _sizes(layers: Mapping[str, Sequence[nn.Module]]) -> dict[str, float]:
+    return {name: float(model_sizes(nn.ModuleList(modules)).disk) for name, modules in layers.items()}
 
 
-def _latencies(layers: Mapping[str, nn.Module], tokens: int, weight: torch.Tensor) -> dict[str, float]:
-    """Milliseconds a call."""
+def _latencies(layers: Mapping[str, Sequence[nn.Module]], tokens: int, weight: torch.Tensor) -> dict[str, float]:
+    """Milliseconds for a call of each."""
     x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+    calls = [lambda modules=modules: [module(x) for module in modules] for modules in layers.values()]
     with torch.no_grad():
-        times = timing.alternate([lambda layer=layer: layer(x) for layer in layers.values()], 0.1)  # type: ignore[misc]
+        times = timing.alternate(calls, 0.1)
     return {name: 1e3 * t.median for name, t in zip(layers, times, strict=True)}
 
 
 def _losses(
     model: nn.Module,
-    matches: Sequence[Match],
+    groups: Sequence[Sequence[Match]],
     named: Mapping[str, Scheme | None],
     samples: Sequence[Any],
     measure: str,
 ) -> list[dict[str, float]]:
-    """Of each layer, the mean loss over the samples by scheme."""
-    losses = [dict.fromkeys(named, 0.0) for _ in matches]
+    """Of each layer, or layers with one weight, the mean loss over the samples by scheme."""
+    losses = [dict.fromkeys(named, 0.0) for _ in groups]
     with evaluating(model):
         if measure == "layer":
             for name, scheme in named.items():
                 if scheme is not None:
-                    for i, loss in enumerate(_layer_losses(model, matches, scheme, samples)):
+                    for i, loss in enumerate(_layer_losses(model, groups, scheme, samples)):
                         losses[i][name] = loss
             return losses
         expected = [first_tensor(run(model, sample)) for sample in samples]
-        for i, m in enumerate(matches):
+        for i, group in enumerate(groups):
             for name, scheme in named.items():
                 if scheme is None:
                     continue
-                with forward_replaced(m.module, _quantized(m, scheme).forward):
+                with ExitStack() as stack:
+                    for m, layer in zip(group, _quantized(group, scheme), strict=True):
+                        stack.enter_context(forward_replaced(m.module, layer.forward))
                     for sample, target in zip(samples, expected, strict=True):
                         output = run(model, sample)
                         losses[i][name] += _distance(output, first_tensor(output), target) / len(samples)
@@ -213,11 +236,13 @@ def _distance(output: Any, got: torch.Tensor | None, expected: torch.Tensor | No
     return float((got.double() - expected.double()).square().sum() / expected.double().square().sum())
 
 
-def _layer_losses(model: nn.Module, matches: Sequence[Match], scheme: Scheme, samples: Sequence[Any]) -> list[float]:
-    noise, signal = [0.0] * len(matches), [0.0] * len(matches)
+def _layer_losses(
+    model: nn.Module, groups: Sequence[Sequence[Match]], scheme: Scheme, samples: Sequence[Any]
+) -> list[float]:
+    noise, signal = [0.0] * len(groups), [0.0] * len(groups)
     with ExitStack() as stack:
-        for i, m in enumerate(matches):
-            replacement = _quantized(m, scheme)
+        layers = [(i, *pair) for i, g in enumerate(groups) for pair in zip(g, _quantized(g, scheme), strict=True)]
+        for i, m, replacement in layers:
 
             def compare(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, i: int = i, new: nn.Module = replacement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -148,15 +148,34 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
                     parent._modules[name] = replacements[child]
     else:
         # deepcopy takes what its memo holds instead of copying: no second copy of the replaced weights is made
-        memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
-        memo |= {id(value): value.detach().clone() for value in _masked_values(model)}
-        try:
-            model = copy.deepcopy(model, memo)
-        except RuntimeError as error:  # weights that a hook computes (weight_norm)
-            got = f"a model that cannot be copied ({str(error).strip()})"
-            raise ValueError(message("compress", "model", got, "one that can", "or pass inplace=True")) from error
+        model = copied_model(model, {id(old): new for old, new in replacements.items()})
     disable_torch_fast_path(model)
     return model
+
+
+def copied_model(
+    model: nn.Module,
+    memo: Mapping[int, object] | None = None,
+    *,
+    where: str = "compress",
+    argument: str = "model",
+    hint: str = "or pass inplace=True",
+) -> nn.Module:
+    """A deep copy, also of a model that `torch.nn.utils.prune` masks and that was called since.
+
+    Args:
+        memo: as for `copy.deepcopy`: what stands for an object of this id in the copy.
+        where, argument, hint: of the error.
+
+    Raises:
+        ValueError: it cannot be copied, as its weights are computed by a hook (`torch.nn.utils.weight_norm`).
+    """
+    masked: dict[int, object] = {id(value): value.detach().clone() for value in _masked_values(model)}
+    try:
+        return copy.deepcopy(model, {**masked, **(memo or {})})
+    except RuntimeError as error:
+        got = f"a model that cannot be copied ({str(error).strip()})"
+        raise ValueError(message(where, argument, got, "one that can", hint)) from error
 
 
 def _masked_values(model: nn.Module) -> Iterator[torch.Tensor]:

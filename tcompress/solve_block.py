@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcompress.blocks import forward_replaced, tensors_in
+from tcompress.blocks import copied, forward_replaced, tensors_in
 from tcompress.calibrate import first_tensor
 from tcompress.layer_job import Job, Key, Solution
 from tcompress.quantize.autoround import RoundedWeight, autoround
@@ -33,24 +32,15 @@ class Calls:
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook, registered with_kwargs."""
-        self._given.append((_own(args), _own(kwargs)))
+        self._given.append((copied(args), copied(kwargs)))
 
     def output(self, block: nn.Module, call: int) -> torch.Tensor:
         """The first tensor that the block returns when it is called so again."""
-        args, kwargs = (_own(given) for given in self._given[call])
+        args, kwargs = (copied(given) for given in self._given[call])
         output = first_tensor(block(*args, **kwargs))
         if output is None:
             raise ValueError(f"autoround: block: got {type(block).__name__}, expected one that returns a float tensor")
         return output
-
-
-def _own(value: Any) -> Any:
-    """A copy that the block may write into; a key-value cache, for one, grows with each call."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(_own(item) for item in value)
-    return {key: _own(item) for key, item in value.items()} if type(value) is dict else copy.deepcopy(value)
 
 
 def solve_block(

@@ -16,7 +16,7 @@ from tcompress import attention_step, calibrate, replace
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.fuse import fuse
 from tcompress.layer_job import Solution, Written
-from tcompress.match import COMPRESSED, Match, Skip, match, unmatched
+from tcompress.match import COMPRESSED, Match, match, unmatched
 from tcompress.match_attention import match_attention
 from tcompress.nn import OutlierLinear, SparseLinear
 from tcompress.prune_step import Pruned, prune_masks
@@ -27,6 +27,7 @@ from tcompress.report.size import model_sizes
 from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
 from tcompress.structure import carry
+from tcompress.targeted import left_report
 from tcompress.weights import linear_weight, weight_id
 
 #: What is said of a layer whose zeros no kernel turns into time.
@@ -126,7 +127,7 @@ def swap_layers(
 
     layers += written + [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
     reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
-    skipped = [_skip_report(skip) for skip in reasons.values()]
+    skipped = [left_report(skip) for skip in reasons.values()]
     for m in attentions:
         if m.converted is not None:
             replacements[m.module] = replace.assembled(m.converted, replacements)
@@ -228,21 +229,6 @@ def _changed_report(
         bytes_after=model_sizes(replacement).disk,
         sparsity=int((stored == 0).sum()) / max(stored.numel(), 1),
         weight_sqnr_db=sqnr,
-    )
-
-
-def _skip_report(skip: Skip) -> LayerReport:
-    nbytes = model_sizes(skip.module).disk
-    has_weight = isinstance(getattr(skip.module, "weight", None), torch.Tensor)
-    return LayerReport(
-        name=skip.names[0],
-        aliases=skip.names[1:],
-        kind=type(skip.module).__name__,
-        action="skipped",
-        reason=skip.reason,
-        shape=tuple(linear_weight(skip.module).shape) if has_weight else (),
-        bytes_before=nbytes,
-        bytes_after=nbytes,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from torch import nn
 from tcompress import calibrate
 from tcompress.errors import message
 from tcompress.recipe import Distill, Prune, Recipe, Transform
+from tcompress.replace import copied_model
 from tcompress.report.report import LayerReport
 from tcompress.swap_layers import swap_layers
 
@@ -84,12 +84,14 @@ def transform(
         The work done, with the new model, and the recipe of the other steps, None where there are no others.
 
     Raises:
-        ValueError: what the steps raise. With `inplace` the model may then be changed in part.
+        ValueError: what the steps raise, or a model that cannot be copied. With `inplace` the model may then be
+            changed in part.
     """
     samples = None if data is None else list(calibrate.batches(data))
     teaches = any(isinstance(step, Distill) for step in recipe.steps)
-    original = copy.deepcopy(model) if inplace and teaches else model
-    work = Work(model if inplace else copy.deepcopy(model), original, recipe, samples, progress=progress)
+    hint = "distill needs the original beside it; make its weights plain (remove_weight_norm, …) first"
+    original = copied_model(model, hint=hint) if inplace and teaches else model
+    work = Work(model if inplace else copied_model(model), original, recipe, samples, progress=progress)
     if samples is not None:
         with calibrate.evaluating(model):
             work.reference = calibrate.reference(model, samples[0])

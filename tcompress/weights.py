@@ -26,7 +26,9 @@ def weight_id(module: nn.Module) -> int:
 
 
 def weight_key(module: nn.Module) -> tuple[int, bool]:
-    """Equal for linear layers with one weight that is used alike."""
+    """Equal for linear layers with one weight that is used alike: transposed or not, and with one mask."""
+    if is_masked_by_torch(module):
+        return hash((weight_id(module), id(module.weight_mask))), is_conv1d(module)
     return weight_id(module), is_conv1d(module)
 
 

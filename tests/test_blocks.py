@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tcompress.blocks import BlockRunner, find_chains
+from tcompress.blocks import BlockRunner, copied, find_chains
 from tcompress.calibrate import evaluating, first_tensor, run
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -200,3 +200,20 @@ def test_a_block_that_writes_into_its_input():
             runner.run(0, b, keep=False)
             runner.run(0, b, keep=True)
         assert torch.equal(runner._outputs[0][0], expected)
+
+
+def test_copies_share_nothing():
+    class Cache:
+        def __init__(self, keys):
+            self.keys = keys
+
+    x = torch.randn(3, requires_grad=True)
+    given = (x * 2, [{"cache": Cache([torch.ones(2)])}], None)
+    y, [inner], nothing = copied(given)
+    assert nothing is None
+    assert torch.equal(y, given[0])
+    assert y.grad_fn is None
+    inner["cache"].keys[0].zero_()
+    inner["cache"].keys.append(1)
+    assert torch.equal(given[1][0]["cache"].keys[0], torch.ones(2))
+    assert len(given[1][0]["cache"].keys) == 1

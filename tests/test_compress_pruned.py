@@ -91,7 +91,7 @@ def test_pruning_that_finds_nothing_says_so():
         tcompress.compress(mlp(), steps(PRUNE, targets="Conv9"))
     with pytest.warns(CompressionWarning, match="no layer was pruned"):
         report = tcompress.compress(mlp(), {"steps": [{**PRUNE, "targets": "Conv9"}, W8A8]}).report
-    assert report.warnings == ("no layer was pruned",)
+    assert report.warnings == ("prune: targets ['Conv9'] match nothing in the model", "no layer was pruned")
     model = nn.Sequential(nn.Embedding(5, 4))
     with pytest.raises(ValueError, match="0: not pruned: an embedding is looked up, not multiplied"):
         tcompress.compress(model, steps(PRUNE, targets="Embedding"))

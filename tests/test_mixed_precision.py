@@ -110,6 +110,53 @@ def test_a_decoder_is_judged_by_its_distribution():
     assert {step.algorithm for step in found.recipe.steps} == {"gptq"}
 
 
+class Tied(Model):
+    """The second and the third layer have one weight, and each its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.third.weight = self.second.weight
+
+
+@pytest.mark.parametrize("measure", ["model", "layer"])
+def test_a_tied_weight_is_counted_once_and_stays_tied(measure):
+    torch.manual_seed(0)
+    m = Tied().eval()
+    found = mixed_precision(m, samples(), bits_per_weight=6, measure=measure)
+    assert [(choice.name, choice.aliases) for choice in found.layers] == [
+        ("first", ()),
+        ("second", ("third",)),
+        ("head", ()),
+    ]
+    costs = {choice.name: choice.candidates["W8A8"].cost for choice in found.layers}
+    assert costs["second"] == costs["first"] + 4 * 64  # one bias more
+    assert found.layers[1].candidates["float"].cost == 4 * (64 * 64 + 2 * 64)
+    losses = {}
+    for budget in (5.25, 9.3):  # each scheme for all
+        schemes = ("W4A16-g32", "W8A8")
+        found = mixed_precision(m, samples(), bits_per_weight=budget, measure=measure, schemes=schemes)
+        model = tcompress.compress(m, found.recipe, data=samples()).model
+        name = found.layers[1].chosen
+        losses[name] = found.layers[1].candidates[name].loss
+        assert model.second.scheme.name == model.third.scheme.name == name
+        shared = [
+            layer.qdata if layer.kernel_weight is None else layer.kernel_weight for layer in (model.second, model.third)
+        ]
+        assert shared[0].data_ptr() == shared[1].data_ptr()
+    assert len(losses) == 2
+    single = {"steps": [{"step": "quantize", "scheme": "W8A8", "targets": ["second", "third"]}]}
+    if measure == "model":
+        other = tcompress.compress(m, single).model
+        with torch.no_grad():
+            expected = sum(float((other(x) - m(x)).square().sum() / m(x).square().sum()) for x in samples()) / 2
+        assert losses["W8A8"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_latency_of_tied_layers():
+    found = mixed_precision(Tied().eval(), samples(), latency_ms=1e3, tokens=4, schemes=("W8A8",))
+    assert len(found.layers) == 3
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"mixed_precision: budget: got none, expected one of"):
         mixed_precision(model(), samples())

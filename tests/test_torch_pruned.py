@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.nn.utils import prune
 
@@ -68,3 +69,55 @@ def test_an_encoder_masked_everywhere(preset):
     got = tcompress.compress(model, preset, data=x).model(x)
     assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.999
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"step": "smooth"},
+        {"step": "rotate"},
+        {"step": "low_rank", "ratio": 0.5},
+        {"step": "codebook"},
+        {"step": "shrink", "structure": "layers", "ratio": 0.5},
+    ],
+    ids=lambda step: step["step"],
+)
+@pytest.mark.filterwarnings("ignore::tcompress.errors.CompressionWarning")
+def test_a_model_is_copied_after_a_call(step):
+    """The weights of the last call have a gradient's history, which `copy.deepcopy` refuses."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 48}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.3)
+    ids = torch.randint(3, 40, (2, 8))
+    expected = model(input_ids=ids).logits
+    assert model.lm_head.weight.grad_fn is not None
+    changed = tcompress.compress(model, {"steps": [step]}, data=[{"input_ids": ids}]).model
+    assert changed is not model
+    assert changed(input_ids=ids).logits.isfinite().all()
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_student_of_a_masked_model():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    teacher = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    prune.l1_unstructured(teacher.layers[2].linear1, "weight", 0.5)
+    x = torch.randn(2, 5, 16)
+    teacher(x)
+    student = tcompress.student_of(teacher, x, layers=[0, 2])
+    assert torch.equal(student.layers[1].linear1.weight_mask, teacher.layers[2].linear1.weight_mask)
+
+
+def test_weights_that_a_hook_computes_are_named():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    model(x)
+    with pytest.raises(ValueError, match=r"compress: model: got a model that cannot be copied .*; or pass inplace"):
+        tcompress.compress(model, {"steps": [{"step": "low_rank", "ratio": 0.5}]}, data=x)
+    with pytest.raises(
+        ValueError, match=r"student_of: teacher: got a model that cannot be .*plain \(remove_weight_norm"
+    ):
+        tcompress.student_of(model, x, every=2)

@@ -12,19 +12,20 @@ from tcompress.distill.effective import Effective, TensorMap, straight_through
 from tcompress.match import Match, match
 from tcompress.ops.quantize_per_token import quantize
 from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.quantize.range_search import Range
 from tcompress.recipe import Quantize, Recipe, Sparse
 
 
-def fake_quantize_weight(weight: torch.Tensor, args: QuantArgs) -> torch.Tensor:
+def fake_quantize_weight(weight: torch.Tensor, args: QuantArgs, range: Range = "minmax") -> torch.Tensor:
     """What the integers of a weight [N, K] stand for, bit for bit, with the weight's own gradient; Jacob et al.,
     "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", arXiv 1712.05877,
-    section 3, with the straight-through estimator and the grid of `round_to_nearest`, found anew at each step. The grid
-    spans all weights: none is clipped, so that each has a gradient.
+    section 3, with the straight-through estimator and the grid of `round_to_nearest`, found anew at each step. With
+    "minmax" the grid spans all weights; what another range clips keeps its gradient too.
 
     Raises:
         ValueError: as `round_to_nearest`.
     """
-    return straight_through(weight, round_to_nearest(weight.detach(), args).dequantize(weight.dtype))
+    return straight_through(weight, round_to_nearest(weight.detach(), args, range=range).dequantize(weight.dtype))
 
 
 def fake_quantize_input(x: torch.Tensor, args: QuantArgs) -> torch.Tensor:
@@ -43,17 +44,26 @@ def simulated(model: nn.Module, recipe: Recipe) -> tuple[dict[nn.Module, Effecti
     if not steps:
         return {}, []
     matches, _ = match(model, recipe.model_copy(update={"steps": steps}), required=False)
+    quantized = [m.step for m in matches if isinstance(m.step, Quantize)]
     notes = []
-    algorithms = sorted({m.step.algorithm for m in matches if isinstance(m.step, Quantize) and m.step.algorithm})
-    others = [name for name in algorithms if name != "rtn"]
+    others = sorted({step.algorithm for step in quantized if step.algorithm} - {"rtn"})
     if others:
         notes.append(f"training simulated rounding to nearest; {', '.join(others)} then gave other integers")
+    by_data = [name for name in ("bias_correction", "outliers") if any(getattr(step, name) for step in quantized)]
+    if any(step.algorithm == "rtn" and step.range == "mse" for step in quantized) and any(
+        isinstance(step, Quantize) and step.needs_data for step in steps
+    ):  # then there are statistics, by which the search of a range weighs errors
+        by_data.append("the inputs' weight in range mse")
+    if by_data:
+        notes.append(f"training did not simulate {', '.join(by_data)}, which data decide afterwards")
     return {m.module: _effective(m) for m in matches if m.scheme is not None}, notes
 
 
 def _effective(m: Match) -> Effective:
     assert m.scheme is not None
-    maps: Sequence[TensorMap] = [partial(fake_quantize_weight, args=m.scheme.weights)]
+    # The range of GPTQ's grid stands for integers that are not simulated: its search would cost time for nothing.
+    range_ = m.step.range if isinstance(m.step, Quantize) and m.step.algorithm == "rtn" else None
+    maps: Sequence[TensorMap] = [partial(fake_quantize_weight, args=m.scheme.weights, range=range_ or "minmax")]
     activations = m.scheme.activations
     if activations is None:
         return Effective(list(maps))

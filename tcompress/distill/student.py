@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from tcompress.blocks import find_chains
 from tcompress.calibrate import evaluating, run
 from tcompress.errors import message
+from tcompress.replace import copied_model
 
 #: What configurations call the number of their blocks.
 _COUNTS = (
@@ -45,20 +46,22 @@ def student_of(
         The student, in the teacher's mode.
 
     Raises:
-        ValueError: both or neither were given, no blocks were found, there is no such block, or the model does not run
-            without those that were left out.
+        ValueError: both or neither were given, a model that cannot be copied, no blocks were found, there is no such
+            block, or the model does not run without those that were left out.
     """
     if (every is None) == (layers is None):
         got = "both" if layers is not None else "neither"
         raise ValueError(message("student_of", "every, layers", got, "one of the two"))
     if every is not None and every < 1:
         raise ValueError(message("student_of", "every", every, "1 or more"))
-    student = copy.deepcopy(teacher)
+    hint = "make its weights plain (remove_weight_norm, …) first"
+    student = copied_model(teacher, where="student_of", argument="teacher", hint=hint)
     with evaluating(student):
         chains = find_chains(student, batch)
     if not chains:
         hint = "blocks are members of a ModuleList that run one after the other"
         raise ValueError(message("student_of", "teacher", "no sequence of blocks", "at least one", hint))
+    kept_of: dict[int, list[int]] = {}  # by the length of a chain
     for chain in chains:
         n = len(chain)
         kept = list(range(0, n, every)) if every is not None else list(layers or ())
@@ -66,9 +69,9 @@ def student_of(
             expected = f"some of 0 to {n - 1}, in rising order"
             raise ValueError(message("student_of", "layers", kept, expected))
         _keep(student, chain, kept)
+        kept_of[n] = kept
     for config in {id(c): c for m in student.modules() if (c := getattr(m, "config", None)) is not None}.values():
-        for chain in chains:
-            _shorten(config, len(chain), kept if layers is not None else list(range(0, len(chain), every or 1)))
+        _shorten(config, kept_of)
     try:
         with evaluating(student):
             run(student, batch)
@@ -91,13 +94,16 @@ def _keep(student: nn.Module, chain: list[nn.Module], kept: list[int]) -> None:
                 module.layer_idx = new  # type: ignore[assignment]
 
 
-def _shorten(config: Any, n: int, kept: list[int]) -> None:
-    """Writes the new number of blocks into a configuration, and keeps what it says of single ones."""
-    for name in [name for name in _COUNTS if vars(config).get(name) == n]:
-        setattr(config, name, len(kept))
+def _shorten(config: Any, kept_of: Mapping[int, list[int]]) -> None:
+    """Writes the new numbers of blocks into a configuration, and keeps what it says of single ones.
+
+    All at once: the new length of one chain may be the old one of another.
+    """
     for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == n:
-            setattr(config, name, [value[i] for i in kept])
+        if name in _COUNTS and isinstance(value, int) and value in kept_of:
+            setattr(config, name, len(kept_of[value]))
+        elif "layer" in name and isinstance(value, list) and len(value) in kept_of:
+            setattr(config, name, [value[i] for i in kept_of[len(value)]])
 
 
 def narrower(teacher: nn.Module, *, copy_weights: bool = True, **changes: Any) -> nn.Module:

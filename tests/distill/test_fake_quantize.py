@@ -62,6 +62,23 @@ def test_the_packed_layer_has_the_simulated_weight(name):
     assert "forward" not in vars(model[0])
 
 
+@pytest.mark.parametrize("method", ["mse", "percentile"])
+def test_the_range_of_the_step_is_simulated(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 9))
+    recipe = Recipe.load({"steps": [{"scheme": "W4A16-g32", "range": method}]})
+    effective, notes = simulated(model, recipe)
+    assert notes == []
+    packed = tcompress.compress(model, recipe, progress=False).model
+    for i in (0, 2):
+        with computing_with(effective):
+            weight = effective[model[i]].weight_of(model[i])
+            assert torch.equal(packed[i].packed.dequantize(), weight)
+            assert not torch.equal(fake_quantize_weight(model[i].weight, Scheme.named("W4A16-g32").weights), weight)
+            (gradient,) = torch.autograd.grad(weight.sum(), model[i].weight)
+            assert torch.equal(gradient, torch.ones_like(gradient))
+
+
 def test_embeddings_are_simulated():
     model = Toy()
     recipe = Recipe.load({"steps": [EMBEDDING, W8A8]})
@@ -79,6 +96,10 @@ def test_other_algorithms_are_named():
     effective, notes = simulated(Toy(), Recipe.load({"steps": [{"scheme": "W8A8", "algorithm": "gptq"}]}))
     assert effective
     assert notes == ["training simulated rounding to nearest; gptq then gave other integers"]
+    _, notes = simulated(Toy(), Recipe.load({"steps": [{**W8A8, "outliers": 4, "bias_correction": True}]}))
+    assert notes == ["training did not simulate bias_correction, outliers, which data decide afterwards"]
+    _, notes = simulated(Toy(), Recipe.load({"steps": [{**W8A8, "range": "mse", "bias_correction": True}]}))
+    assert notes[0].startswith("training did not simulate bias_correction, the inputs' weight in range mse")
     assert simulated(Toy(), Recipe.load({"steps": [{"attention": "int8"}]})) == ({}, [])
 
 

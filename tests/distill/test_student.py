@@ -64,6 +64,19 @@ def test_every_second_layer(make, tmp_path):
     assert len(loaded.get_submodule(blocks)) == 2
 
 
+def test_a_decoder_half_as_long_as_its_encoder(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "vocab_size": 30}
+    teacher = transformers.T5Model(transformers.T5Config(num_layers=4, num_decoder_layers=2, **sizes)).eval()
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS}
+    student = tcompress.student_of(teacher, batch, every=2)
+    assert (len(student.encoder.block), len(student.decoder.block)) == (2, 1)
+    assert (student.config.num_layers, student.config.num_decoder_layers) == (2, 1)
+    student.save_pretrained(tmp_path)
+    loaded = transformers.T5Model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch)[0], student(**batch)[0])
+
+
 def test_a_decoder_without_some_layers_still_generates():
     teacher, _, _ = llama()
     student = tcompress.student_of(teacher.eval(), {"input_ids": IDS}, layers=[0, 3])
