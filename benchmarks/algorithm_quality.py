@@ -57,7 +57,7 @@ SETTINGS: dict[str, list[list[dict[str, Any]]]] = {
         f"{scheme} {a}{''.join(f' {name}={value}' for name, value in options.items())}": [
             [quantize(scheme, a, **options)]
         ]
-        for scheme in ("W4A16-g32", "W4A16-g128", "W4A16")
+        for scheme in ("W4A16-g32", "W4A16-g64", "W4A16-g128", "W4A16")
         for a, options in WEIGHTS
     },
     **{

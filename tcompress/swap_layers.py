@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 from torch import nn
 
 from tcompress import attention_step, calibrate, replace
-from tcompress.distances import sqnr_db, squared_errors
 from tcompress.fuse import fuse
 from tcompress.layer_job import Solution, Written
 from tcompress.match import COMPRESSED, Match, match, unmatched
@@ -27,7 +25,7 @@ from tcompress.report.size import model_sizes
 from tcompress.solve import solve, steps_with_data
 from tcompress.sparse_kernel import DENSE
 from tcompress.structure import carry
-from tcompress.targeted import left_report
+from tcompress.targeted import left_report, replaced_report
 from tcompress.weights import linear_weight, weight_id
 
 #: What is said of a layer whose zeros no kernel turns into time.
@@ -171,7 +169,7 @@ def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     if isinstance(replacement, SparseLinear):
         action += f" sparse {replacement.pattern}"
         reason = "; ".join(filter(None, (_sparse_reason(replacement), reason)))
-    return _changed_report(m.names, m.module, replacement, stored, action, reason)
+    return replaced_report(m.names, m.module, replacement, action, reason, stored)
 
 
 def _sparse_reason(layer: SparseLinear) -> str:
@@ -187,8 +185,7 @@ def _sparse_reason(layer: SparseLinear) -> str:
 def _pruned_report(
     module: nn.Module, pruned: Pruned, replacement: nn.Module, found: calibrate.Comparison | None
 ) -> LayerReport:
-    stored = linear_weight(replacement)
-    report = _changed_report(pruned.names, module, replacement, stored, _pruned_action(pruned), "")
+    report = replaced_report(pruned.names, module, replacement, _pruned_action(pruned))
     return report if found is None else report.model_copy(update={"output_sqnr_db": found.layers[module].sqnr_db})
 
 
@@ -211,25 +208,6 @@ def _written_report(module: nn.Module, pruned: Pruned, written: Written) -> Laye
 
 def _pruned_action(pruned: Pruned) -> str:
     return f"pruned {pruned.step.pattern}" + (f" {pruned.step.algorithm}" if pruned.step.needs_data else "")
-
-
-def _changed_report(
-    names: tuple[str, ...], module: nn.Module, replacement: nn.Module, stored: torch.Tensor, action: str, reason: str
-) -> LayerReport:
-    weight = linear_weight(module)
-    sqnr = sqnr_db(*squared_errors(weight, stored))
-    return LayerReport(
-        name=names[0],
-        aliases=names[1:],
-        kind=type(module).__name__,
-        action=action,
-        reason=reason,
-        shape=tuple(weight.shape),
-        bytes_before=model_sizes(module).disk,
-        bytes_after=model_sizes(replacement).disk,
-        sparsity=int((stored == 0).sum()) / max(stored.numel(), 1),
-        weight_sqnr_db=sqnr,
-    )
 
 
 def _speed_notes(replacements: dict[nn.Module, nn.Module]) -> list[str]:

@@ -56,10 +56,19 @@ def target_layers(
 
 
 def replaced_report(
-    names: tuple[str, ...], module: nn.Module, replacement: nn.Module, action: str, reason: str = ""
+    names: tuple[str, ...],
+    module: nn.Module,
+    replacement: nn.Module,
+    action: str,
+    reason: str = "",
+    stored: torch.Tensor | None = None,
 ) -> LayerReport:
-    """Of a linear layer and what took its place, both with a `weight` [N, K]."""
-    weight, stored = (linear_weight(m).detach().double() for m in (module, replacement))
+    """Of a linear layer or embedding and what took its place.
+
+    Args:
+        stored: [N, K], the weight that the replacement computes with; by default its `weight`.
+    """
+    weight, stored = linear_weight(module), linear_weight(replacement) if stored is None else stored
     return LayerReport(
         name=names[0],
         aliases=names[1:],
@@ -69,7 +78,7 @@ def replaced_report(
         shape=tuple(weight.shape),
         bytes_before=model_sizes(module).disk,
         bytes_after=model_sizes(replacement).disk,
-        sparsity=float((stored == 0).double().mean()),
+        sparsity=int((stored == 0).sum()) / max(stored.numel(), 1),
         weight_sqnr_db=sqnr_db(*squared_errors(weight, stored)),
     )
 
