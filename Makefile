@@ -9,7 +9,8 @@ TRITON ?= triton==3.7.1
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
+# Threads of one process that wait must not spin while another's work: it made the tests twice as long.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal
 BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu* tests/csrc/*.cpp tests/csrc/*.h \
 	tests/csrc/*/*.h tests/gpu/shim/*)
