@@ -120,7 +120,9 @@ def _transformed(
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
     required = not work.layers
-    swapped = swap_layers(work.model, rest, work.samples, in_copy, progress, required=required, resume=resume)
+    swapped = swap_layers(
+        work.model, rest, work.samples, in_copy, progress, required=required, resume=resume, original=work.original
+    )
     return work, replace(swapped, smaller_is_meant=swapped.smaller_is_meant or _makes_smaller(recipe))
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from tcompress.distill.distiller import Distiller
 from tcompress.distill.effective import Effective, computing_with
 from tcompress.distill.fake_quantize import simulated
 from tcompress.distill.gradual import GradualPruning
+from tcompress.distill.modes import digest, training_modes
 from tcompress.distill.movement import MovementPruning
 from tcompress.distill.trainer import History, train
 from tcompress.errors import CompressionWarning, message
@@ -135,7 +135,7 @@ def _distill(
         for module, map_ in constraint.maps().items():
             effective.setdefault(module, Effective()).weight.insert(0, map_)
     with ExitStack() as stack:
-        stack.enter_context(_training(student, teacher, parameters, config.dropout))
+        stack.enter_context(training_modes(student, teacher, parameters, config.dropout))
         stack.enter_context(computing_with(effective))
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -236,29 +236,6 @@ def _pruning(student: nn.Module, config: TrainingPrune, steps: int) -> tuple[Con
     return _METHODS[config.method](dict(layers.values()), config, steps), []  # type: ignore[call-arg]
 
 
-@contextmanager
-def _training(student: nn.Module, teacher: nn.Module, parameters: list[nn.Parameter], dropout: bool) -> Iterator[None]:
-    """The modes of a training, undone afterwards. torch's fused Transformer path would call no layers."""
-    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
-    wanted = {id(p) for p in parameters}
-    gradients = [(p, p.requires_grad) for p in student.parameters()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    student.train(dropout)
-    teacher.eval()
-    for parameter, _ in gradients:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes:
-            module.training = mode
-        for parameter, mode in gradients:
-            parameter.requires_grad_(mode)
-            parameter.grad = None
-
-
 def _fingerprint(
     student: nn.Module, teacher: nn.Module, config: Distill, effective: Mapping[nn.Module, Effective], batches: Batches
 ) -> dict[str, Any]:
@@ -266,17 +243,8 @@ def _fingerprint(
     names = {module: name for name, module in student.named_modules()}
     return {
         "distill": config.model_dump(mode="json", exclude={"checkpoint", "eval_every", "save_every"}),
-        "student": _digest(student),
-        "teacher": _digest(teacher),
+        "student": digest(student),
+        "teacher": digest(teacher),
         "simulated layers": sorted(names[module] for module in effective),
         "batches": None if batches.held is None else len(batches.held),
     }
-
-
-def _digest(model: nn.Module) -> str:
-    """Of all parameters, with their names."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +69,21 @@ def match_attention(model: nn.Module, recipe: Recipe) -> tuple[list[AttentionMat
             if reasons:
                 skips.append(Skip(tuple(names[module]), module, reasons[0]))
     return matches, skips
+
+
+@contextmanager
+def holding(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Lets a model hold for a while what will take the place of torch's attention, whose projections are layers."""
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    places = [(parent, name, child) for parent, name, child in places if child in converted]
+    for parent, name, child in places:
+        assert child is not None
+        parent._modules[name] = converted[child]
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def candidates(model: nn.Module) -> dict[nn.Module, str | None]:

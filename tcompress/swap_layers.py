@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from tcompress import attention_step, calibrate, replace
+from tcompress.finetune_step import finetune, finetune_step
 from tcompress.fuse import fuse
 from tcompress.layer_job import Solution, Written
 from tcompress.match import COMPRESSED, Match, match, unmatched
@@ -60,6 +61,7 @@ def swap_layers(
     progress: bool = False,
     required: bool = True,
     resume: str | Path | None = None,
+    original: nn.Module | None = None,
 ) -> Swapped:
     """Runs the steps of a recipe that prune, quantize or leave out zeros.
 
@@ -67,6 +69,7 @@ def swap_layers(
         data, inplace, resume: as for `compress`.
         progress: whether to show progress on the terminal.
         required: raise if there is nothing to do.
+        original: whose outputs a `Finetune` step aims at; by default the model as it is.
 
     Raises:
         ValueError: as `compress`; `model` is then unchanged, but in place, where an algorithm fails on a later layer,
@@ -82,6 +85,13 @@ def swap_layers(
     notes = unmatched(model, recipe, converted)
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
         notes.append("no layer was pruned")
+    tune = finetune_step(recipe)
+    every: list[Any] | None = None
+    if data is not None and (tune is not None or recipe.samples is not None):
+        every = list(calibrate.batches(data))
+        data = every[: recipe.samples]
+    if tune is not None and original is None:
+        original = replace.copied_model(model) if inplace else model
     first: calibrate.Reference | None = None
     written: list[LayerReport] = []
     if steps_with_data(recipe):
@@ -99,6 +109,11 @@ def swap_layers(
         matches = [_with_solution(m, solved) for m in matches]
         notes += solving
         del solved
+    tuned: list[LayerReport] = []
+    if tune is not None:
+        assert original is not None
+        matches, report = finetune(model, original, tune, matches, pruned, converted, every, progress, resume)
+        tuned.append(report)
 
     cache: replace.PackedCache = {}
     # Of layers with one weight, one that was solved says what its integers are.
@@ -123,7 +138,8 @@ def swap_layers(
         notes += [f"{name} was never called on the data" for name in idle]
     attention = attention_step.decide(attentions, found, notes)
 
-    layers += written + [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    of_pruned = [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    layers = tuned + layers + written + of_pruned
     reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
     skipped = [left_report(skip) for skip in reasons.values()]
     for m in attentions:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.errors import message
-from tcompress.recipe import Distill, Prune, Recipe, Transform
+from tcompress.recipe import Distill, Finetune, Prune, Recipe, Transform
 from tcompress.replace import copied_model
 from tcompress.report.report import LayerReport
 from tcompress.swap_layers import swap_layers
@@ -48,7 +48,7 @@ class Work:
         """
         if self.samples is None:
             raise ValueError(message("compress", "data", "none", "calibration samples", f"{step.step}: {why}"))
-        return self.samples
+        return self.samples if isinstance(step, Distill) else self.samples[: self.recipe.samples]
 
 
 S = TypeVar("S", bound=Transform)
@@ -88,7 +88,7 @@ def transform(
             changed in part.
     """
     samples = None if data is None else list(calibrate.batches(data))
-    teaches = any(isinstance(step, Distill) for step in recipe.steps)
+    teaches = any(isinstance(step, Distill | Finetune) for step in recipe.steps)
     hint = "distill needs the original beside it; make its weights plain (remove_weight_norm, …) first"
     original = copied_model(model, hint=hint) if inplace and teaches else model
     work = Work(model if inplace else copied_model(model), original, recipe, samples, progress=progress)

@@ -83,9 +83,10 @@ def train(
         ImportError: accelerate is not installed. ValueError: no parameters, a loss that is not finite, or a checkpoint
             of another run.
     """
-    if not parameters:
+    everything = [*parameters, *(p for constraint in constraints for p in constraint.parameters())]
+    if not everything:
         raise ValueError(message("distill", "targets", "no parameters to train", "at least one"))
-    engine = accelerator(parameters[0].device, options.mixed_precision)
+    engine = accelerator(everything[0].device, options.mixed_precision)
     run = _Run(module, engine, options, list(parameters), list(constraints))
     source = Batches(data, options.seed, engine.process_index, engine.num_processes)
     folder = None if checkpoint is None else Path(checkpoint)

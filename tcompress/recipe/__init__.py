@@ -3,6 +3,7 @@
 from tcompress.recipe.awq import AWQ
 from tcompress.recipe.codebook import Codebook
 from tcompress.recipe.distill import Distill
+from tcompress.recipe.finetune import Finetune
 from tcompress.recipe.low_rank import LowRank
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import MIN_COSINE, Quantize
@@ -21,6 +22,7 @@ __all__ = [
     "VERSION",
     "Codebook",
     "Distill",
+    "Finetune",
     "LowRank",
     "Prune",
     "Quantize",

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from tcompress.errors import message
 from tcompress.recipe.awq import AWQ
 from tcompress.recipe.codebook import Codebook
 from tcompress.recipe.distill import Distill
+from tcompress.recipe.finetune import Finetune
 from tcompress.recipe.low_rank import LowRank
 from tcompress.recipe.prune import Prune
 from tcompress.recipe.quantize import Quantize
@@ -39,6 +40,7 @@ STEPS: tuple[type[Step], ...] = (
     Share,
     Codebook,
     LowRank,
+    Finetune,
 )
 _KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
 _ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
@@ -63,7 +65,8 @@ AnyStep = Annotated[
     | Annotated[Shrink, Tag("shrink")]
     | Annotated[Share, Tag("share")]
     | Annotated[Codebook, Tag("codebook")]
-    | Annotated[LowRank, Tag("low_rank")],
+    | Annotated[LowRank, Tag("low_rank")]
+    | Annotated[Finetune, Tag("finetune")],
     Discriminator(_kind),
 ]
 
@@ -71,7 +74,8 @@ AnyStep = Annotated[
 class Recipe(BaseModel):
     """Ordered steps. `Prune` steps come first, whatever their place; of the others, the first step that claims a module
     keeps it. Steps that make another model in floating point (`step.Transform`) are run before all these, in order;
-    a `Distill` step comes after the `Prune` steps that stand before it, and trains what they left.
+    a `Distill` step comes after the `Prune` steps that stand before it, and trains what they left. A `Finetune` step
+    comes last, and trains what all the others left.
 
     Attributes:
         version: of the format.
@@ -79,6 +83,8 @@ class Recipe(BaseModel):
         inputs: by which inputs a block is solved, where an algorithm needs data: what the "compressed" blocks before it
             give, so that it makes up for their errors too, what the "original" ones give, or ("sequential") what the
             compressed layers before a layer give, those of its own block included.
+        samples: how many of the data's samples (batches) algorithms that decide by data look at, the first ones, and
+            the report with them; all by default. Steps that train see all.
 
     Raises:
         ValueError: no steps, an unknown field, or a version that this release does not read.
@@ -88,6 +94,7 @@ class Recipe(BaseModel):
     version: int = VERSION
     steps: tuple[AnyStep, ...]
     inputs: Literal["compressed", "original", "sequential"] = "compressed"
+    samples: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("version")
     @classmethod
@@ -109,6 +116,18 @@ class Recipe(BaseModel):
         if moved and self.inputs != "compressed":
             hint = "propagation compares these with the original ones"
             raise ValueError(message("Recipe", "inputs", repr(self.inputs), "'compressed'", hint))
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_finetune(self) -> Recipe:
+        steps = [step for step in self.steps if isinstance(step, Finetune)]
+        if len(steps) > 1:
+            raise ValueError(message("Recipe", "steps", f"{len(steps)} of finetune", "one", "more steps= in one"))
+        quantized = any(isinstance(step, Quantize) and step.scheme is not None for step in self.steps)
+        if steps and not quantized:
+            hint = "it trains the integers of quantized layers; distill trains floats"
+            got = "finetune without quantize"
+            raise ValueError(message("Recipe", "steps", got, "a quantize step with a scheme", hint))
         return self
 
     @classmethod

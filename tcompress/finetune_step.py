@@ -1,0 +1,201 @@
+"""The step of a recipe that trains integers and scales, between finding them and packing them for kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tcompress.distill.distiller import Distiller
+from tcompress.distill.effective import Effective, computing_with
+from tcompress.distill.fake_quantize import fake_quantize_input
+from tcompress.distill.learned_integers import LearnedIntegers
+from tcompress.distill.modes import digest, training_modes
+from tcompress.distill.trainer import train
+from tcompress.errors import message
+from tcompress.layer_job import Key
+from tcompress.match import Match, any_matches, ignored, output_embeddings
+from tcompress.match_attention import holding
+from tcompress.packing import PackedWeight
+from tcompress.prune_step import Pruned
+from tcompress.quantize import round_to_nearest
+from tcompress.recipe import Finetune, Quantize, Recipe
+from tcompress.replace import copied_model
+from tcompress.report.report import LayerReport
+from tcompress.solve_layer import integers
+from tcompress.weights import linear_weight, weight_key
+
+
+def finetune_step(recipe: Recipe) -> Finetune | None:
+    """The recipe's step, or None."""
+    return next((step for step in recipe.steps if isinstance(step, Finetune)), None)
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    step: Finetune,
+    matches: Sequence[Match],
+    pruned: Mapping[nn.Module, Pruned],
+    converted: Mapping[nn.Module, nn.Module],
+    samples: Sequence[Any] | None,
+    progress: bool,
+    resume: str | Path | None,
+) -> tuple[list[Match], LayerReport]:
+    """Trains what the matches' layers will hold.
+
+    Args:
+        model: of which the matches are; it stays as it is, a copy is trained.
+        teacher: the original.
+        matches, pruned: with what was found for them.
+        converted: as for `match.match`.
+        samples: the data, as batches.
+        resume: as for `compress`.
+
+    Returns:
+        The matches with their new integers, and what the report says.
+
+    Raises:
+        ImportError: accelerate is not installed. ValueError: no data, nothing to train, a loss that is not finite, or a
+            checkpoint of another run.
+    """
+    if samples is None:
+        raise ValueError(message("compress", "data", "none", "calibration samples", "finetune: it trains on them"))
+    trained = _trained(model, matches, step)
+    if not trained:
+        got = f"{list(step.targets)}, which match no layer with integers of its own"
+        raise ValueError(message("finetune", "targets", got, "at least one"))
+    with holding(model, converted):
+        student = copied_model(model, where="finetune")
+    layers = {m.names[0]: student.get_submodule(m.names[0]) for m in trained.values()}
+    constraint = LearnedIntegers(
+        layers,
+        {m.names[0]: _packed(m) for m in trained.values()},
+        {m.names[0]: m.scheme.weights for m in trained.values() if m.scheme is not None},
+        {m.names[0]: kept for m in trained.values() if (kept := _kept(m)) is not None},
+        step.integer_rate,
+    )
+    effective = _effective(student, matches, pruned, trained, constraint)
+    checkpoint = step.checkpoint or (None if resume is None else str(Path(resume) / "finetune"))
+    with ExitStack() as stack:
+        stack.enter_context(training_modes(student, teacher, [], step.dropout))
+        stack.enter_context(computing_with(effective))
+        with torch.random.fork_rng():
+            torch.manual_seed(step.seed)
+            module = Distiller(student, teacher, step.losses, [constraint], samples[0])
+        history = train(
+            module,
+            list(samples),
+            step.training,
+            parameters=list(module.learned.parameters()),
+            constraints=[constraint],
+            checkpoint=checkpoint,
+            fingerprint={
+                "finetune": step.model_dump(mode="json", exclude={"checkpoint", "eval_every", "save_every"}),
+                "model": digest(model),
+                "integers": _digest_of(trained.values()),
+                "batches": len(samples),
+            },
+            progress=progress,
+        )
+    found = {key: constraint.packed(m.names[0]) for key, m in trained.items()}
+    totals = [losses["total"] for losses in history.losses]
+    some = max(len(totals) // 10, 1)  # the batches differ
+    first, last = sum(totals[:some]) / some, sum(totals[-some:]) / some
+    reason = f"{step.steps} steps, loss {first:.4g} -> {last:.4g}; {constraint.moved():.1%} of the integers moved"
+    report = LayerReport(
+        name="", kind=type(model).__name__, action="finetuned", reason=reason, shape=(), bytes_before=0, bytes_after=0
+    )
+    return [dataclasses.replace(m, solved=found[_key(m)]) if _key(m) in found else m for m in matches], report
+
+
+def _key(m: Match) -> tuple[Key, int, Any]:
+    """Equal for layers that hold one weight."""
+    return weight_key(m.module), id(m.mask), m.scheme
+
+
+def _trained(model: nn.Module, matches: Sequence[Match], step: Finetune) -> dict[tuple[Key, int, Any], Match]:
+    """The layers whose integers are trained, of those with one weight the first. All of one weight have to be such."""
+    head = output_embeddings(model)
+    found: dict[tuple[Key, int, Any], Match] = {}
+    fixed: set[Key] = set()
+    for m in matches:
+        plain = isinstance(m.step, Quantize) and m.outliers is None and not isinstance(m.module, nn.Embedding)
+        meant = any_matches(step.targets, list(m.names), m.module) and not ignored(step, list(m.names), m.module, head)
+        if plain and meant:
+            found.setdefault(_key(m), m)
+        else:
+            fixed.add(weight_key(m.module))
+    return {key: m for key, m in found.items() if key[0] not in fixed}
+
+
+def _packed(m: Match) -> PackedWeight:
+    assert isinstance(m.step, Quantize)
+    return m.solved if isinstance(m.solved, PackedWeight) else integers(m.weight, m.step)
+
+
+def _kept(m: Match) -> torch.Tensor | None:
+    """What pruning kept, in this recipe or before it, or None where nothing was pruned."""
+    kept: torch.Tensor = linear_weight(m.module).detach() != 0 if m.mask is None else m.mask
+    return None if kept.all() else kept
+
+
+def _effective(
+    student: nn.Module,
+    matches: Sequence[Match],
+    pruned: Mapping[nn.Module, Pruned],
+    trained: Mapping[Any, Match],
+    constraint: LearnedIntegers,
+) -> dict[nn.Module, Effective]:
+    """How the student's layers compute: as the recipe's will. Attention stays in floating point."""
+    maps = constraint.maps()
+    effective: dict[nn.Module, Effective] = {}
+    for m in matches:
+        layer = student.get_submodule(m.names[0])
+        own = trained.get(_key(m))
+        fixed = None if own is not None else partial(_always, _computed(m))
+        weight = fixed or maps[student.get_submodule(own.names[0])]  # type: ignore[union-attr]
+        activations = None if m.scheme is None else m.scheme.activations
+        takes = None if isinstance(m.module, nn.Embedding) or activations is None else activations
+        effective[layer] = Effective([weight], None if takes is None else partial(fake_quantize_input, args=takes))
+        if m.bias is not None:
+            assert isinstance(layer.bias, nn.Parameter)
+            layer.bias.data.copy_(m.bias)
+    for module, p in pruned.items():
+        layer = student.get_submodule(p.names[0])
+        if layer not in effective:
+            assert p.weight is not None or p.mask is not None
+            kept = linear_weight(module).detach().masked_fill(~p.mask, 0) if p.weight is None else p.weight  # type: ignore[operator]
+            effective[layer] = Effective([partial(_always, kept)])
+    return effective
+
+
+def _always(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return value.to(weight.dtype)
+
+
+def _computed(m: Match) -> torch.Tensor:
+    """What a layer that is not trained will multiply by, or look up in, [N, K]."""
+    if isinstance(m.step, Quantize):
+        weight = _packed(m).dequantize()
+        if m.outliers is not None:
+            weight[:, m.outliers] = m.weight[:, m.outliers].float()
+        return weight
+    return m.weight if m.scheme is None else round_to_nearest(m.weight, m.scheme.weights).dequantize()
+
+
+def _digest_of(matches: Any) -> str:
+    found = hashlib.sha256()
+    for m in matches:
+        packed = _packed(m)
+        for tensor in (packed.qdata, packed.scale, packed.zero_point):
+            if tensor is not None:
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
