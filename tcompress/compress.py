@@ -14,6 +14,7 @@ from torch import nn
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
+from tcompress.memory import trim
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
 from tcompress.report.report import Report
@@ -131,6 +132,7 @@ def _makes_smaller(recipe: Recipe) -> bool:
 
 def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[str]) -> float | None:
     """Cosine of the whole model's output on the first batch to what it was."""
+    trim()
     with calibrate.evaluating(model):
         after = calibrate.first_tensor(calibrate.run(model, before.batch))
     if after is None or after.shape != before.shape:

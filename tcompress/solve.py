@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
+from tcompress.memory import trim
 from tcompress.prune_step import Pruned
 from tcompress.recipe import Prune, Quantize, Recipe
 from tcompress.resume import StageStore, fingerprint
@@ -128,11 +129,12 @@ class _Run:
         inplace: bool,
     ) -> None:
         self._inplace = inplace
+        self._limit: int | None = None
+        self._folder: Path | None = None
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
         self._runner = BlockRunner(model, chains, samples)
-        self._one_sample = BlockRunner(model, chains, samples[:1])
         #: What the original blocks return: what AutoRound's are to return as well, and what propagated weights make up
         #: for.
         self._original: BlockRunner | None = None
@@ -158,19 +160,20 @@ class _Run:
         for_together: dict[Key, InputStatistics] = {}
         with ExitStack() as replaced:
             for parts in groups:
+                alone = [job for part in parts for job in part if not job.by_block]
                 run = partial(self._runner.run, chain, block, False)
-                statistics = self._statistics(parts, run, partial(self._pairs, chain, block))
+                for statistics in self._statistics(parts, run, partial(self._pairs, chain, block)):
+                    for_together |= {job.key: statistics[job.key] for job in together if job.key in statistics}
+                    self._solve([job for job in alone if job.key in statistics], statistics)
                 if parts is groups[0]:  # until here nothing is replaced in this block
                     self._go_on(chain, block)
-                for_together |= {job.key: statistics[job.key] for job in together if job.key in statistics}
-                alone = [job for part in parts for job in part if not job.by_block]
-                self._solve(alone, statistics)
+                self._solve(alone, {})
                 if not original:
                     for job in alone:
                         self._replace(replaced, job)
             if together:
                 assert self._original is not None
-                calls = Calls()
+                calls = Calls(self._folder)
                 hook = module.register_forward_pre_hook(calls.hook, with_kwargs=True)
                 try:
                     self._runner.run(chain, block, original)
@@ -202,7 +205,9 @@ class _Run:
                 by = "gptq" if job.needs_hessian else "rtn"
                 self._notes.append(f"{job.name} stands in no block, by which autoround learns: {by} instead")
         if jobs:
-            self._solve(jobs, self._statistics([[job] for job in jobs], self._runner.run_rest))
+            for statistics in self._statistics([[job] for job in jobs], self._runner.run_rest):
+                self._solve([job for job in jobs if job.key in statistics], statistics)
+            self._solve(jobs, {})
             self._keep("rest", jobs, noted)
             self._forget_copies(jobs)
 
@@ -238,20 +243,20 @@ class _Run:
         """Layers that are solved before the next ones are run; in each of these, those with one input together."""
         if not any(job.needs_statistics for job in jobs):
             return [[[job] for job in jobs]]
-        parts = layers_by_input(jobs, partial(self._one_sample_run, chain, block))
+        of = {job.module: job for job in jobs}
+        found = layers_by_input(list(of), partial(self._runner.run, chain, block, False, 0))
+        parts = [[of[module] for module in part] for part in found]
         return [[part] for part in parts] if self._inputs == "sequential" else [parts]
-
-    def _one_sample_run(self, chain: int, block: int) -> None:
-        self._one_sample.take_outputs(self._runner)
-        self._one_sample.run(chain, block, keep=False)
 
     def _statistics(
         self, parts: list[list[Job]], run: Callable[[], None], pairs: Callable[[], Any] | None = None
-    ) -> Mapping[Key, InputStatistics]:
-        if not any(job.needs_statistics for part in parts for job in part):
-            return {}
-        paired = self._original is not self._runner and any(job.needs_original for part in parts for job in part)
-        return collect(parts, run, pairs() if pairs is not None and paired else None)
+    ) -> Iterator[dict[Key, InputStatistics]]:
+        """Of as many layers at a time as fit."""
+        jobs = [job for part in parts for job in part]
+        layers = [[job.module for job in part if job.needs_statistics] for part in parts]
+        hessian = {job.key for part in parts if any(job.needs_hessian for job in part) for job in part}
+        paired = self._original is not self._runner and any(job.needs_original for job in jobs)
+        return collect(layers, run, hessian, pairs() if pairs is not None and paired else None, self._limit)
 
     def _pairs(self, chain: int, block: int) -> list[tuple[Callable[[], None], Callable[[], None]]]:
         """Of each sample, a call of the block in the original model and one in the compressed model."""
@@ -279,6 +284,7 @@ class _Run:
                 text = f"{job.name} has no calibration inputs: by magnitude and rounding to nearest instead"
                 self._notes.append(text)
                 found = None
+            trim()
             try:
                 self.solved[job.key] = solve_layer(job, found)
             except ValueError as error:

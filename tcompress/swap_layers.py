@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import track
 from torch import nn
 
-from tcompress import attention_step, calibrate, replace
+from tcompress import attention_step, calibrate, memory, replace
 from tcompress.fuse import fuse
 from tcompress.layer_job import Solution, Written
 from tcompress.match import COMPRESSED, Match, match, unmatched
@@ -78,6 +78,7 @@ def swap_layers(
     masks = {module: p.zeros if p.mask is None else p.mask for module, p in pruned.items()}
     required = required and not attentions and not pruned
     matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
+    del masks
 
     notes = unmatched(model, recipe, converted)
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
@@ -102,14 +103,24 @@ def swap_layers(
 
     cache: replace.PackedCache = {}
     # Of layers with one weight, one that was solved says what its integers are.
-    ordered = sorted(matches, key=lambda m: m.solved is None)
-    steps = track(ordered, "compressing", disable=not progress, transient=True)
-    replacements = {m.module: replace.compressed(m, cache) for m in steps}
+    order = sorted(range(len(matches)), key=lambda i: matches[i].solved is None)
     not_pruned = {skip.module: skip.reason for skip in prune_skips}
-    layers = [_layer_report(m, replacements[m.module], not_pruned.get(m.module, "")) for m in matches]
-    only_pruned = {module: p for module, p in pruned.items() if module not in replacements}
+    replacements: dict[nn.Module, nn.Module] = {}
+    reports: dict[nn.Module, LayerReport] = {}
+    for i in track(order, "compressing", disable=not progress, transient=True):
+        m = matches[i]
+        replacements[m.module] = replace.compressed(m, cache)
+        reports[m.module] = _layer_report(m, replacements[m.module], not_pruned.get(m.module, ""))
+        # The module has the weight, as its kernel reads it.
+        matches[i] = dataclasses.replace(m, mask=None, solved=None, bias=None, outliers=None)
+        pruned.pop(m.module, None)
+        del m
+        memory.trim()
+    layers = [reports[m.module] for m in matches]
     tied: dict[int, nn.Parameter] = {}
-    replacements |= {module: replace.pruned_copy(module, p.mask, tied, p.weight) for module, p in only_pruned.items()}
+    for module, p in pruned.items():
+        replacements[module] = replace.pruned_copy(module, p.mask, tied, p.weight)
+        pruned[module] = dataclasses.replace(p, mask=None, weight=None)
 
     found: calibrate.Comparison | None = None
     if data is not None and (replacements or attentions or first is None):
@@ -123,7 +134,7 @@ def swap_layers(
         notes += [f"{name} was never called on the data" for name in idle]
     attention = attention_step.decide(attentions, found, notes)
 
-    layers += written + [_pruned_report(module, p, replacements[module], found) for module, p in only_pruned.items()]
+    layers += written + [_pruned_report(module, p, replacements[module], found) for module, p in pruned.items()]
     reasons = {skip.module: skip for skip in [*prune_skips, *skips] if skip.module not in replacements}
     skipped = [left_report(skip) for skip in reasons.values()]
     for m in attentions:
