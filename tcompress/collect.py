@@ -197,6 +197,11 @@ class InputCollector:
             found.setdefault(id(self.statistics.get(key, key)), []).append(layer)
         return list(found.values())
 
+    def rows_of(self, layer: nn.Module) -> int:
+        """How many inputs a layer was given."""
+        found = self.statistics.get(weight_key(layer))
+        return 0 if found is None else found.count + found.left_out
+
     def _new(self, layer: nn.Module, key: Key) -> InputStatistics:
         weight, wanted = linear_weight(layer), _wanted(key, self._hessian)
         if self._rows:

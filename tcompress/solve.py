@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from tcompress.calibrate import batches, evaluating
 from tcompress.collect import collect, layers_by_input
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
+from tcompress.footprint import measure
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
 from tcompress.memory import trim
+from tcompress.memory_plan import MemoryPlan, needs_of, plan
 from tcompress.prune_step import Pruned
 from tcompress.recipe import Prune, Quantize, Recipe
 from tcompress.resume import StageStore, fingerprint
@@ -45,6 +48,7 @@ def solve(
     progress: bool = False,
     resume: str | Path | None = None,
     inplace: bool = False,
+    max_memory: int | None = None,
 ) -> tuple[dict[nn.Module, Solution], list[Any], list[str]]:
     """Solves the linear layers of a recipe in the order in which the model runs them.
 
@@ -67,6 +71,7 @@ def solve(
         inplace: layers that are pruned, and that no later step packs, get their new weights as soon as their block is
             done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
+        max_memory: bytes to keep within (`memory_plan`).
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -101,7 +106,13 @@ def solve(
             chains, owner, why = [], {}, "blocks share weights"
         if not chains and len(jobs) > 1:
             notes.append(f"{why}: all layers were solved on the original model's inputs")
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace)
+        within, folder = MemoryPlan(), None
+        if max_memory is not None and jobs:
+            measured = measure(model, chains, samples[0], [job.module for job in jobs])
+            within = plan(max_memory, needs_of(jobs, owner, measured, samples))
+        if within.on_disk:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="tcompress-")))
+        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
@@ -127,19 +138,20 @@ class _Run:
         notes: list[str],
         store: StageStore | None,
         inplace: bool,
+        folder: Path | None = None,
+        limit: int | None = None,
     ) -> None:
         self._inplace = inplace
-        self._limit: int | None = None
-        self._folder: Path | None = None
+        self._folder, self._limit = folder, limit
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
-        self._runner = BlockRunner(model, chains, samples)
+        self._runner = BlockRunner(model, chains, samples, folder)
         #: What the original blocks return: what AutoRound's are to return as well, and what propagated weights make up
         #: for.
         self._original: BlockRunner | None = None
         if any(job.by_block or job.needs_original for job in jobs):
-            self._original = self._runner if inputs == "original" else BlockRunner(model, chains, samples)
+            self._original = self._runner if inputs == "original" else BlockRunner(model, chains, samples, folder)
 
     def block(self, chain: int, block: int, jobs: list[Job]) -> None:
         """Solves the layers of one block and gives the next one its inputs."""
@@ -206,7 +218,9 @@ class _Run:
                 self._notes.append(f"{job.name} stands in no block, by which autoround learns: {by} instead")
         if jobs:
             for statistics in self._statistics([[job] for job in jobs], self._runner.run_rest):
-                self._solve([job for job in jobs if job.key in statistics], statistics)
+                own = [job for job in jobs if job.key in statistics]
+                self._solve(own, statistics)
+                self._forget_copies([job for job in own if not job.only_prunes])
             self._solve(jobs, {})
             self._keep("rest", jobs, noted)
             self._forget_copies(jobs)
@@ -294,14 +308,14 @@ class _Run:
                 self._output_sqnr[job.key] = output_sqnr_db(before, after, found.hessian)
 
     def _forget_copies(self, jobs: Collection[Job]) -> None:
-        """Of quantized layers the integers are enough; in place, pruned ones need nothing more."""
+        """Of quantized layers the integers are enough, of pruned ones the weight; in place, these need nothing more."""
         for job in jobs:
             found = self.solved[job.key]
             if self._inplace and job.only_prunes and found.written is None:
                 self.solved[job.key] = self._written(job, found)
-            elif found.packed is not None and found.outliers is None:
-                empty = found.weight.new_empty(0)
-                self.solved[job.key] = Solution(empty, found.mask, found.packed, found.bias)
+            elif found.outliers is None and found.written is None:  # what pruning left has its zeros
+                weight = found.weight if found.packed is None else found.weight.new_empty(0)
+                self.solved[job.key] = Solution(weight, None, found.packed, found.bias)
 
 
 def _without_bias(jobs: Sequence[Job]) -> list[str]:

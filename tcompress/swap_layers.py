@@ -60,11 +60,12 @@ def swap_layers(
     progress: bool = False,
     required: bool = True,
     resume: str | Path | None = None,
+    max_memory: int | None = None,
 ) -> Swapped:
     """Runs the steps of a recipe that prune, quantize or leave out zeros.
 
     Args:
-        data, inplace, resume: as for `compress`.
+        data, inplace, resume, max_memory: as for `compress`, the last in bytes.
         progress: whether to show progress on the terminal.
         required: raise if there is nothing to do.
 
@@ -90,11 +91,13 @@ def swap_layers(
             data = list(calibrate.batches(data))
             with calibrate.evaluating(model):
                 first = calibrate.reference(model, data[0])
-        solved, data, solving = solve(model, recipe, matches, pruned, converted, data, progress, resume, inplace)
+        solved, data, solving = solve(
+            model, recipe, matches, pruned, converted, data, progress, resume, inplace, max_memory
+        )
         for module, p in list(pruned.items()):
             done = solved[module].written
             if done is None:
-                pruned[module] = _pruned_by(solved[module], p)
+                pruned[module] = dataclasses.replace(p, mask=None, weight=solved[module].weight)
             else:
                 written.append(_written_report(module, pruned.pop(module), done))
         matches = [_with_solution(m, solved) for m in matches]
@@ -153,11 +156,6 @@ def swap_layers(
         reference=found.reference if first is None and found is not None else first,
         smaller_is_meant=bool(matches),
     )
-
-
-def _pruned_by(found: Solution, p: Pruned) -> Pruned:
-    assert found.mask is not None
-    return dataclasses.replace(p, mask=found.mask, weight=found.weight)
 
 
 def _with_solution(m: Match, solved: Mapping[nn.Module, Solution]) -> Match:
