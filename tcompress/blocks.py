@@ -12,7 +12,7 @@ from torch import nn
 
 from tcompress.activations import Kept, tensors_in
 from tcompress.calibrate import run
-from tcompress.memory import trim
+from tcompress.memory import trim, trimmed_between_blocks
 
 
 class _Reached(Exception):
@@ -49,6 +49,7 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
             stack.callback(member.register_forward_pre_hook(before).remove)
             stack.callback(member.register_forward_hook(after, with_kwargs=True).remove)
         trim()
+        stack.enter_context(trimmed_between_blocks(model))
         run(model, batch)
     trim()
     found = [list(m) for m in lists.values() if _is_chain(list(m), calls)]

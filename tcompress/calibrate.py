@@ -16,7 +16,7 @@ from tcompress.distances import PIECE, cosine, finite, sqnr_db, squared_errors
 from tcompress.errors import message
 from tcompress.integrations.attention_modules import attached
 from tcompress.match_attention import AttentionMatch
-from tcompress.memory import trim
+from tcompress.memory import trim, trimmed_between_blocks
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -181,7 +181,8 @@ def compare_outputs(
 def reference(model: nn.Module, batch: Any) -> Reference | None:
     """Runs a model, in evaluation mode, on a batch; None if it returns no float tensor."""
     trim()
-    output = first_tensor(run(model, batch))
+    with trimmed_between_blocks(model):
+        output = first_tensor(run(model, batch))
     found = None if output is None else Reference.of(batch, output)
     del output
     trim()

@@ -14,7 +14,7 @@ from torch import nn
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
-from tcompress.memory import parse_bytes, trim
+from tcompress.memory import parse_bytes, trim, trimmed_between_blocks
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
 from tcompress.report.report import Report
@@ -61,9 +61,10 @@ def compress(
         resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
             by block. The same call with the same folder after a crash goes on after the last block that was finished,
             with the result that it would have had. Transforms before them are run again; `Distill` has a `checkpoint`.
-        inplace: change `model` itself, layer by layer where algorithms with data prune it: there is then no second
-            copy of it, and a run that fails may leave it pruned in part. Otherwise `model` stays as it is, and what is
-            not compressed is copied.
+        inplace: change `model` itself, block by block where algorithms with data prune or quantize it: there is then no
+            second copy of it, the floats of a block go as soon as it is done, and a run that fails may leave it
+            compressed in part. Layers of blocks are then compared on what they are given in the model under way.
+            Otherwise `model` stays as it is, and what is not compressed is copied.
         max_memory: bytes, or text such as "700 MB": the most that algorithms with data (gptq, sparsegpt, …) hold beside
             the model, the data and what the layers become: activations, Hessians, a layer's work, and one sample's way
             through the model. What blocks return goes to files where it does not fit, in a folder that is removed at
@@ -152,7 +153,7 @@ def _makes_smaller(recipe: Recipe) -> bool:
 def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[str]) -> float | None:
     """Cosine of the whole model's output on the first batch to what it was."""
     trim()
-    with calibrate.evaluating(model):
+    with calibrate.evaluating(model), trimmed_between_blocks(model):
         after = calibrate.first_tensor(calibrate.run(model, before.batch))
     if after is None or after.shape != before.shape:
         notes.append("the compressed model's output has another shape")

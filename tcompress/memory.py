@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from torch import nn
 
 from tcompress.activations import tensors_in
 from tcompress.errors import message
@@ -51,6 +54,16 @@ def _found_trim() -> Callable[[int], int] | None:
 
 
 _TRIM = _found_trim()
+
+
+@contextmanager
+def trimmed_between_blocks(model: nn.Module) -> Iterator[None]:
+    """Trims after each member of a `torch.nn.ModuleList` that is called: a model's own forward leaves gaps too."""
+    with ExitStack() as stack:
+        for blocks in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+            for block in blocks if _TRIM is not None else ():
+                stack.callback(block.register_forward_hook(lambda *_: trim()).remove)
+        yield
 
 
 def trim() -> None:

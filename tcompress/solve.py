@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from tcompress.collect import collect, layers_by_input
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
 from tcompress.footprint import measure
+from tcompress.in_place import InPlace
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
 from tcompress.memory import trim
@@ -49,6 +50,7 @@ def solve(
     resume: str | Path | None = None,
     inplace: bool = False,
     max_memory: int | None = None,
+    early: InPlace | None = None,
 ) -> tuple[dict[nn.Module, Solution], list[Any], list[str]]:
     """Solves the linear layers of a recipe in the order in which the model runs them.
 
@@ -72,6 +74,7 @@ def solve(
             done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
         max_memory: bytes to keep within (`memory_plan`).
+        early: puts layers in their places as soon as their block is done.
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -112,7 +115,7 @@ def solve(
             within = plan(max_memory, needs_of(jobs, owner, measured, samples))
         if within.on_disk:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="tcompress-")))
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians)
+        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians, early)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
@@ -140,9 +143,12 @@ class _Run:
         inplace: bool,
         folder: Path | None = None,
         limit: int | None = None,
+        early: InPlace | None = None,
     ) -> None:
         self._inplace = inplace
-        self._folder, self._limit = folder, limit
+        self._folder, self._limit, self._early = folder, limit, early
+        if inputs == "original" and any(job.by_block for job in jobs):
+            self._early = None  # no block runs after it is solved
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
@@ -164,8 +170,8 @@ class _Run:
                 if not original:
                     for job in jobs:
                         self._replace(replaced, job)
-                self._runner.run(chain, block, keep=True)
-            self._forget_copies(jobs)
+                self._run_on(chain, block, jobs)
+            self._done_with(jobs)
             return
         together = [job for job in jobs if job.by_block]
         groups = self._groups(chain, block, jobs)
@@ -173,10 +179,7 @@ class _Run:
         with ExitStack() as replaced:
             for parts in groups:
                 alone = [job for part in parts for job in part if not job.by_block]
-                run = partial(self._runner.run, chain, block, False)
-                for statistics in self._statistics(parts, run, partial(self._pairs, chain, block)):
-                    for_together |= {job.key: statistics[job.key] for job in together if job.key in statistics}
-                    self._solve([job for job in alone if job.key in statistics], statistics)
+                for_together |= self._solve_parts(chain, block, parts, alone)
                 if parts is groups[0]:  # until here nothing is replaced in this block
                     self._go_on(chain, block)
                 self._solve(alone, {})
@@ -197,9 +200,35 @@ class _Run:
                     for job in together:
                         self._replace(replaced, job)
             if not (original and together):
-                self._runner.run(chain, block, keep=True)
+                self._run_on(chain, block, jobs)
         self._keep(stage, jobs, noted)
+        self._done_with(jobs)
+
+    def _run_on(self, chain: int, block: int, jobs: list[Job]) -> None:
+        """Gives the next block its inputs."""
+        with nullcontext() if self._early is None else self._early.compared(jobs, self.solved):
+            self._runner.run(chain, block, keep=True)
+
+    def _done_with(self, jobs: list[Job]) -> None:
+        """What a block's layers need no more goes."""
         self._forget_copies(jobs)
+        if self._early is not None:
+            self._early.put()
+            for job in jobs:
+                if job.module in self._early.replaced:
+                    self.solved[job.key] = Solution(self.solved[job.key].weight.new_empty(0), None, None)
+
+    def _solve_parts(
+        self, chain: int, block: int, parts: list[list[Job]], alone: list[Job]
+    ) -> dict[Key, InputStatistics]:
+        """Solves layers of a block on their own. Returns the statistics of the others."""
+        others: dict[Key, InputStatistics] = {}
+        wait = {job.key for part in parts for job in part if job.by_block}
+        run = partial(self._runner.run, chain, block, False)
+        for statistics in self._statistics(parts, run, partial(self._pairs, chain, block)):
+            others |= {key: found for key, found in statistics.items() if key in wait}
+            self._solve([job for job in alone if job.key in statistics], statistics)
+        return others
 
     def _go_on(self, chain: int, block: int) -> None:
         """Keeps what the original block returns."""
