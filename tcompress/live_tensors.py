@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,22 @@ from tcompress.activations import tensors_in
 class LiveTensors(TorchDispatchMode):
     """Counts, while it is entered, the storages of tensors that operations return, each from its first to its last use.
 
-    Tensors that were there before count nothing, and neither does what an operation takes for itself meanwhile.
+    Other tensors that were there before count nothing, and neither does what an operation takes for itself meanwhile.
+
+    Args:
+        counted: tensors that are there already and count until they go.
 
     Attributes:
         now: bytes that are alive.
         peak: the most so far; it may be set back to `now`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in counted:
+            self._know(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
 
     def __torch_dispatch__(
         self,
