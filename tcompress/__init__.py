@@ -6,6 +6,7 @@ from tcompress.backend import explain, use_backend, use_cpu_path
 from tcompress.compress import CompressResult, compress
 from tcompress.distill.student import narrower, student_of
 from tcompress.distill_step import DistillResult, distill
+from tcompress.estimate import Estimate, estimate
 from tcompress.formats.checkpoint import load, save
 from tcompress.integrations.transformers_attention import register_when_imported
 from tcompress.kv_cache import KVCache
@@ -47,6 +48,7 @@ __all__ = [
     "CompressResult",
     "Distill",
     "DistillResult",
+    "Estimate",
     "Finetune",
     "KVCache",
     "LowRank",
@@ -65,6 +67,7 @@ __all__ = [
     "advise",
     "compress",
     "distill",
+    "estimate",
     "explain",
     "global_ratios",
     "int8_attention",

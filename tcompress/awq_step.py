@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from rich.progress import track
 
+from tcompress import memory
 from tcompress.blocks import BlockRunner, find_chains
 from tcompress.calibrate import evaluating
-from tcompress.pair_inputs import ReaderInputs, Target, report, targets_of
+from tcompress.collect import Key
+from tcompress.pair_inputs import Target, collect_readers, report, targets_of
 from tcompress.pairs import fold
 from tcompress.pairs.fold import reader_scales, source_values
 from tcompress.quantize.awq import RATIOS, awq_scales, weight_error
 from tcompress.recipe import AWQ
+from tcompress.statistics import InputStatistics
 from tcompress.transform import Work, transforms
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_weight, weight_key
 
 
 @transforms(AWQ)
@@ -36,12 +40,13 @@ def awq(work: Work, step: AWQ) -> None:
         rest = [t for t in targets if len(places[t]) > 1 or None in places[t]]
         for stage in track(stages, "scaling", disable=not work.progress, transient=True):
             own = [t for t in targets if places[t] == {stage}]
-            inputs = ReaderInputs(hessian=True)
-            inputs.collect(own, partial(runner.run, *stage, True))
+            inputs = collect_readers(own, partial(runner.run, *stage, False), hessian=True)
+            runner.run(*stage, keep=True)
             found += [(target, *_scales(target, inputs)) for target in own]
+            del inputs
+            memory.trim()
         if rest:
-            inputs = ReaderInputs(hessian=True)
-            inputs.collect(rest, runner.run_rest)
+            inputs = collect_readers(rest, runner.run_rest, hessian=True)
             found += [(target, *_scales(target, inputs)) for target in rest]
     for target, scales, what in found:
         if scales is not None:
@@ -53,13 +58,13 @@ def awq(work: Work, step: AWQ) -> None:
 
 
 @torch.no_grad()
-def _scales(target: Target, inputs: ReaderInputs) -> tuple[torch.Tensor | None, str]:
+def _scales(target: Target, inputs: Mapping[Key, InputStatistics]) -> tuple[torch.Tensor | None, str]:
     """The scales [N] by which a pair's source is divided, or None, and what to say of them."""
     pair = target.pair
     consumers = [c for c in pair.consumers if c.module in target.schemes]
     means, layers = [], []
     for c in consumers:
-        statistics, scheme = inputs.statistics(c.module), target.schemes[c.module]
+        statistics, scheme = inputs.get(weight_key(c.module)), target.schemes[c.module]
         if statistics is None or statistics.count == 0:
             return None, ""
         assert statistics.hessian is not None

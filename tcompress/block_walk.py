@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +11,9 @@ from rich.progress import track
 from torch import nn
 
 from tcompress.blocks import BlockRunner, find_chains
+from tcompress.collect import Key, collect_all
 from tcompress.statistics import InputStatistics
-from tcompress.weights import linear_weight, weight_key
+from tcompress.weights import weight_key
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,6 @@ def walk(
         yield Stage(model, rest, runner.run_rest, "")
 
 
-def collect(stage: Stage, hessian: bool) -> dict[tuple[int, bool], InputStatistics]:
-    """The input statistics of a stage's layers; those with one weight share theirs."""
-    found: dict[tuple[int, bool], InputStatistics] = {}
-    with ExitStack() as stack:
-        for layer in stage.modules:
-            key, weight = weight_key(layer), linear_weight(layer)
-            if key not in found:
-                found[key] = InputStatistics(weight.shape[1], hessian, weight.device)
-            stack.callback(layer.register_forward_pre_hook(found[key].hook, with_kwargs=True).remove)
-        if stage.modules:
-            stage.run()
-    return found
+def collect(stage: Stage, hessian: bool) -> dict[Key, InputStatistics]:
+    """The input statistics of a stage's layers; those with one weight or one input share theirs."""
+    return collect_all([[layer] for layer in stage.modules], stage.run, hessian)

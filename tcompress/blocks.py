@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tcompress.activations import Kept, tensors_in
 from tcompress.calibrate import run
+from tcompress.memory import trim, trimmed_between_blocks
 
 
 class _Reached(Exception):
     """Ends a model's forward after the block that was wanted."""
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested mappings, tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
 
 
 def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
@@ -58,7 +48,10 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
         for member in members:
             stack.callback(member.register_forward_pre_hook(before).remove)
             stack.callback(member.register_forward_hook(after, with_kwargs=True).remove)
+        trim()
+        stack.enter_context(trimmed_between_blocks(model))
         run(model, batch)
+    trim()
     found = [list(m) for m in lists.values() if _is_chain(list(m), calls)]
     found.sort(key=len, reverse=True)
     chosen: list[list[nn.Module]] = []
@@ -109,16 +102,20 @@ class BlockRunner:
         model: in evaluation mode.
         chains: of `find_chains`.
         batches: as for `calibrate.run`.
+        folder: where a block's outputs go; None keeps them in memory.
     """
 
-    def __init__(self, model: nn.Module, chains: list[list[nn.Module]], batches: list[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, chains: list[list[nn.Module]], batches: list[Any], folder: Path | None = None
+    ) -> None:
         self.model, self.chains, self.batches = model, chains, batches
         #: What the last block that is done returned, by chain and batch.
-        self._outputs: list[list[Any]] = [[None] * len(batches) for _ in chains]
+        self._outputs = [Kept(folder, f"block-{id(self)}-{chain}") for chain in range(len(chains))]
 
     def run(self, chain: int, block: int, keep: bool, only: int | None = None) -> None:
         """Calls a block on all batches, or on one; if asked, what it returns is kept, and is what the next one gets."""
         wanted = self.chains[chain][block]
+        trim()
         for i, batch in enumerate(self.batches):
             if only is not None and i != only:
                 continue
@@ -135,16 +132,13 @@ class BlockRunner:
                 if keep and caught:
                     self._outputs[chain][i] = caught[0]
 
-    def outputs(self, chain: int) -> list[Any]:
+    def outputs(self, chain: int) -> Kept:
         """What the last block of a chain that is done returned, by batch."""
         return self._outputs[chain]
 
-    def take_outputs(self, other: BlockRunner) -> None:
-        """Goes on from where another runner is, one of more batches of which these are the first."""
-        self._outputs = [outputs[: len(self.batches)] for outputs in other._outputs]
-
     def run_rest(self) -> None:
         """Calls what is outside of the blocks, all of which are done."""
+        trim()
         for i, batch in enumerate(self.batches):
             with self._done(len(self.chains), 0, i):
                 run(self.model, batch)
@@ -154,19 +148,11 @@ class BlockRunner:
         """Makes the blocks before this one hand out what the last of their chain returned."""
         with ExitStack() as stack:
             for index, blocks in enumerate(self.chains[: chain + 1]):
-                output = copied(self._outputs[index][batch])  # a block may write into what it is given
-                for done in blocks if index < chain else blocks[:block]:
-                    stack.enter_context(forward_replaced(done, _constant(output)))
+                if done := blocks if index < chain else blocks[:block]:
+                    output = self._outputs[index][batch]  # a block may write into what it is given
+                    for other in done:
+                        stack.enter_context(forward_replaced(other, _constant(output)))
             yield
-
-
-def copied(value: Any) -> Any:
-    """The same with nothing shared, which a block may write into; a key-value cache, for one, grows with each call."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(copied(item) for item in value)
-    return {key: copied(item) for key, item in value.items()} if type(value) is dict else copy.deepcopy(value)
 
 
 def _constant(output: Any) -> Any:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from tcompress.attention_error import AttentionError
-from tcompress.distances import PIECE, cosine, finite, sqnr_db
+from tcompress.distances import PIECE, cosine, finite, sqnr_db, squared_errors
 from tcompress.errors import message
 from tcompress.integrations.attention_modules import attached
 from tcompress.match_attention import AttentionMatch
+from tcompress.memory import trim, trimmed_between_blocks
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -74,9 +75,9 @@ class OutputError:
         self.calls = 0
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        expected, got = output.double(), self.replacement(*args, **kwargs).double()
-        self.signal += float(expected.square().sum())
-        self.noise += float((got - expected).square().sum())
+        signal, noise = squared_errors(output, self.replacement(*args, **kwargs))
+        self.signal += signal
+        self.noise += noise
         self.calls += 1
 
     @property
@@ -167,6 +168,7 @@ def compare_outputs(
             stack.callback(old.register_forward_hook(layer_error.hook, with_kwargs=True).remove)
         output = reference(model, first)
         for batch in stream:
+            trim()
             run(model, batch)
     found = Comparison(layers, errors, output if expected is None else expected)
     if expected is not None and output is not None:
@@ -178,8 +180,13 @@ def compare_outputs(
 
 def reference(model: nn.Module, batch: Any) -> Reference | None:
     """Runs a model, in evaluation mode, on a batch; None if it returns no float tensor."""
-    output = first_tensor(run(model, batch))
-    return None if output is None else Reference.of(batch, output)
+    trim()
+    with trimmed_between_blocks(model):
+        output = first_tensor(run(model, batch))
+    found = None if output is None else Reference.of(batch, output)
+    del output
+    trim()
+    return found
 
 
 def _also(other: nn.Module) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from torch import nn
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
+from tcompress.memory import parse_bytes, trim, trimmed_between_blocks
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
 from tcompress.report.report import Report
@@ -42,6 +43,7 @@ def compress(
     max_length: int | None = None,
     resume: str | Path | None = None,
     inplace: bool = False,
+    max_memory: int | str | None = None,
     progress: bool = True,
 ) -> CompressResult:
     """Replaces the modules that a recipe targets by compressed ones.
@@ -59,9 +61,16 @@ def compress(
         resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
             by block. The same call with the same folder after a crash goes on after the last block that was finished,
             with the result that it would have had. Transforms before them are run again; `Distill` has a `checkpoint`.
-        inplace: change `model` itself, layer by layer where algorithms with data prune it: there is then no second
-            copy of it, and a run that fails may leave it pruned in part. Otherwise `model` stays as it is, and what is
-            not compressed is copied.
+        inplace: change `model` itself, block by block where algorithms with data prune or quantize it: there is then no
+            second copy of it, the floats of a block go as soon as it is done, and a run that fails may leave it
+            compressed in part. Layers of blocks are then compared on what they are given in the model under way.
+            Otherwise `model` stays as it is, and what is not compressed is copied.
+        max_memory: bytes, or text such as "700 MB": the most that algorithms with data (gptq, sparsegpt, …) hold beside
+            the model, the data and what the layers become: activations, Hessians, a layer's work, and one sample's way
+            through the model. What blocks return goes to files where it does not fit, in a folder that is removed at
+            the end (of the system's for temporary files: TMPDIR), and the Hessians of a block are collected one after
+            the other; the result is the same, and takes longer. The sizes are measured on the first sample and
+            otherwise counted, so that a process may hold a little more. `tcompress.estimate` says what is needed.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -71,19 +80,21 @@ def compress(
         TypeError: `model` is no module, or an argument has an unusable type.
         ValueError: the recipe matches nothing, the model is compressed already, a weight holds NaN or infinity, or
             `inplace` for a model that is a single layer, or the recipe needs `data` and none are given that can be
-            used. `model` is then unchanged, but in place, where the steps before the one that failed may be done.
+            used, or `max_memory` is too little for one layer. `model` is then unchanged, but in place, where the steps
+            before the one that failed may be done.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("compress", "model", type(model).__name__, "a torch.nn.Module"))
     recipe = Recipe.load(recipe)
     before = model_sizes(model)
     samples = None if data is None else Samples(data, model, tokenizer, max_length)
+    limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
     show = progress and get_console().is_terminal
     work: Work | None = None
     if has_transforms(recipe):
-        work, swapped = _transformed(model, recipe, samples, inplace, show, resume)
+        work, swapped = _transformed(model, recipe, samples, inplace, show, resume, limit)
     else:
-        swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume)
+        swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume, max_memory=limit)
     layers, notes = swapped.layers, swapped.notes
     reference = swapped.reference
     if work is not None:
@@ -93,6 +104,8 @@ def compress(
         notes = [*samples.notes, *notes]
     if resume is not None and not steps_with_data(recipe):
         notes.append("resume: no step of this recipe keeps what it has finished there")
+    if limit is not None and (work is not None or not steps_with_data(recipe)):
+        notes.append("max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it")
     after = model_sizes(swapped.model)
     if swapped.smaller_is_meant:
         notes += _size_notes(before, after)
@@ -111,7 +124,13 @@ def compress(
 
 
 def _transformed(
-    model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool, resume: str | Path | None
+    model: nn.Module,
+    recipe: Recipe,
+    data: Any,
+    inplace: bool,
+    progress: bool,
+    resume: str | Path | None,
+    max_memory: int | None,
 ) -> tuple[Work, Swapped]:
     """The transforms of a recipe, then its other steps on what they made."""
     work, rest = transform(model, recipe, data, inplace, progress)
@@ -121,7 +140,15 @@ def _transformed(
     in_copy = inplace or next(work.model.children(), None) is not None
     required = not work.layers
     swapped = swap_layers(
-        work.model, rest, work.samples, in_copy, progress, required=required, resume=resume, original=work.original
+        work.model,
+        rest,
+        work.samples,
+        in_copy,
+        progress,
+        required=required,
+        resume=resume,
+        max_memory=max_memory,
+        original=work.original,
     )
     return work, replace(swapped, smaller_is_meant=swapped.smaller_is_meant or _makes_smaller(recipe))
 
@@ -133,7 +160,8 @@ def _makes_smaller(recipe: Recipe) -> bool:
 
 def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[str]) -> float | None:
     """Cosine of the whole model's output on the first batch to what it was."""
-    with calibrate.evaluating(model):
+    trim()
+    with calibrate.evaluating(model), trimmed_between_blocks(model):
         after = calibrate.first_tensor(calibrate.run(model, before.batch))
     if after is None or after.shape != before.shape:
         notes.append("the compressed model's output has another shape")

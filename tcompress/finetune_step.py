@@ -79,7 +79,7 @@ def finetune(
         layers,
         {m.names[0]: _packed(m) for m in trained.values()},
         {m.names[0]: m.scheme.weights for m in trained.values() if m.scheme is not None},
-        {m.names[0]: kept for m in trained.values() if (kept := _kept(m)) is not None},
+        {m.names[0]: kept for m in trained.values() if (kept := _kept(m, m.module in pruned)) is not None},
         step.integer_rate,
     )
     effective = _effective(student, matches, pruned, trained, constraint)
@@ -141,9 +141,13 @@ def _packed(m: Match) -> PackedWeight:
     return m.solved if isinstance(m.solved, PackedWeight) else integers(m.weight, m.step)
 
 
-def _kept(m: Match) -> torch.Tensor | None:
-    """What pruning kept, in this recipe or before it, or None where nothing was pruned."""
-    kept: torch.Tensor = linear_weight(m.module).detach() != 0 if m.mask is None else m.mask
+def _kept(m: Match, pruned: bool) -> torch.Tensor | None:
+    """What pruning kept, in this recipe or before it, or None where nothing was pruned. Where the mask is not known any
+    more, what was rounded to zero counts as pruned too."""
+    if m.mask is not None:
+        kept = m.mask
+    else:
+        kept = (_packed(m).dequantize() if pruned else linear_weight(m.module).detach()) != 0
     return None if kept.all() else kept
 
 

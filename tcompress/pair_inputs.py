@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tcompress.collect import Key, collect_all
 from tcompress.errors import message
 from tcompress.match import any_matches, ignored, match, module_names, output_embeddings
 from tcompress.pairs import Pair, find_pairs
@@ -84,62 +83,11 @@ def _skipped_notes(step: str, skipped: Sequence[NoPair]) -> Iterator[str]:
         yield f"{step}: {names[0]}{more} gives its readers no scales: {reason}"
 
 
-class ReaderInputs:
-    """What the readers of pairs are given, collected while the model runs.
-
-    Readers of one pair that are given the very same tensor share their statistics.
-
-    Args:
-        hessian: collect it.
-        rows: how many inputs of each reader to keep as they are.
-        batches: over how many batches these are spread.
-    """
-
-    def __init__(self, hessian: bool, rows: int = 0, batches: int = 1) -> None:
-        self._hessian, self._rows = hessian, -(-rows // max(batches, 1))
-        self._statistics: dict[nn.Module, InputStatistics] = {}
-        self._kept: dict[nn.Module, list[torch.Tensor]] = {}
-        self._shares: dict[nn.Module, nn.Module] = {}
-
-    def collect(self, targets: Sequence[Target], run: Callable[[], None]) -> None:
-        """Runs something that calls the readers, and collects."""
-        with ExitStack() as stack:
-            for target in targets:
-                last: dict[nn.Module, Any] = {}
-                for module in target.schemes:
-                    hook = self._hook(last)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            run()
-
-    def statistics(self, module: nn.Module) -> InputStatistics | None:
-        """Of a reader; None if it was never called."""
-        return self._statistics.get(self._shares.get(module, module))
-
-    def rows(self, module: nn.Module) -> torch.Tensor:
-        """Some of a reader's finite inputs, float32 [M, K]."""
-        rows = torch.cat(self._kept[self._shares.get(module, module)])
-        return rows[torch.isfinite(rows).all(1)]
-
-    def _hook(self, last: dict[nn.Module, Any]) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if module not in self._statistics:
-                lead = next((m for m, seen in last.items() if seen() is x), None)
-                if lead is not None:
-                    self._shares[module] = lead
-            if module in self._shares:
-                return
-            last[module] = weakref.ref(x)
-            k = x.shape[-1]
-            if module not in self._statistics:
-                self._statistics[module] = InputStatistics(k, self._hessian, x.device)
-            self._statistics[module].add(x)
-            if self._rows:
-                flat = x.detach().reshape(-1, k)
-                stride = max(len(flat) // self._rows, 1)
-                self._kept.setdefault(module, []).append(flat[::stride][: self._rows].float().clone())
-
-        return hook
+def collect_readers(
+    targets: Sequence[Target], run: Callable[[], None], hessian: bool, rows: int = 0
+) -> dict[Key, InputStatistics]:
+    """What the readers of pairs are given while something runs, by weight (`collect.collect`)."""
+    return collect_all([list(target.schemes) for target in targets], run, hessian, rows=rows)
 
 
 def report(target: Target, step: str, what: str) -> LayerReport:

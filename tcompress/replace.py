@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -26,17 +25,9 @@ from tcompress.recipe import Sparse
 from tcompress.solve_layer import integers
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight, weight_key
 
-
-@dataclass
-class Shared:
-    """A quantized weight and the modules built around it so far."""
-
-    packed: PackedWeight
-    modules: list[PackedModule] = field(default_factory=list)
-
-
-#: By the weight, whether it is stored transposed, its mask and how it is quantized.
-PackedCache = dict[tuple[int, bool, int, QuantArgs], Shared]
+#: The modules around a quantized weight so far, by the weight, whether it is stored transposed, its mask and how it is
+#: quantized. The integers are theirs: a second copy, in the storage layout, would be as large as the compressed model.
+PackedCache = dict[tuple[int, bool, int, QuantArgs], list[PackedModule]]
 
 
 def compressed(match: Match, cache: PackedCache) -> nn.Module:
@@ -50,23 +41,25 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     module, scheme = match.module, match.scheme
     assert scheme is not None
     key = (*weight_key(module), id(match.mask), scheme.weights)
-    if key not in cache:
+    modules = cache.setdefault(key, [])
+    if modules:
+        packed = modules[0].packed
+    elif isinstance(match.solved, PackedWeight):
+        packed = match.solved
+    else:
         try:
-            found = match.solved if isinstance(match.solved, PackedWeight) else None
-            cache[key] = Shared(found or integers(match.weight, match.step))
+            packed = integers(match.weight, match.step)
         except ValueError as error:
             raise ValueError(f"compress: {match.names[0] or '(root)'}: {error}") from error
-    shared = cache[key]
-    packed = shared.packed
     replacement: PackedModule
     if isinstance(module, nn.Embedding):
         replacement = QuantizedEmbedding.from_packed(packed, scheme, module.weight.dtype, module.padding_idx)
     else:
         bias = linear_bias(module) if match.bias is None else match.bias
-        kernel = next((m.held_kernel for m in shared.modules if m.held_kernel is not None), None)
+        kernel = next((m.held_kernel for m in modules if m.held_kernel is not None), None)
         replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel)
-    shared.modules.append(replacement)
-    share_kernel_layout(shared.modules)
+    modules.append(replacement)
+    share_kernel_layout(modules)
     if match.outliers is not None and isinstance(replacement, QuantizedLinear):
         exact = match.weight[:, match.outliers].to(module.weight.dtype)  # type: ignore[arg-type]
         return OutlierLinear.from_parts(replacement, match.outliers, exact).train(module.training)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tcompress import calibrate
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.errors import CompressionWarning, message
 
 #: Under these names configurations keep how many positions a model has.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from tcompress.calibrate import evaluating, run
-from tcompress.pair_inputs import ReaderInputs, Target, report, targets_of
+from tcompress.collect import Key, RowStatistics
+from tcompress.pair_inputs import Target, collect_readers, report, targets_of
 from tcompress.pairs import fold
 from tcompress.pairs.fold import reader_scales, source_values
 from tcompress.quantize.smoothquant import ALPHAS, best_alpha, output_error, smooth_scales
 from tcompress.recipe import Smooth
+from tcompress.statistics import InputStatistics
 from tcompress.transform import Work, transforms
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_weight, weight_key
 
 #: Inputs of each layer by which "auto" compares exponents.
 _ROWS = 256
@@ -27,14 +31,14 @@ def smooth(work: Work, step: Smooth) -> None:
     samples = work.data(step, "scales are decided by the inputs of layers")
     auto = step.alpha == "auto"
     targets = targets_of(work, step, samples[0], scheme_needed=auto)
-    inputs = ReaderInputs(hessian=False, rows=_ROWS if auto else 0, batches=len(samples))
 
     def run_all() -> None:
         for sample in samples:
             run(work.model, sample)
 
     with evaluating(work.model):
-        inputs.collect(targets, run_all)
+        rows = -(-_ROWS // max(len(samples), 1)) if auto else 0
+        inputs = collect_readers(targets, run_all, hessian=False, rows=rows)
         found = [(target, *_scales(target, step, inputs)) for target in targets]
         for target, scales, what in found:
             if scales is not None:
@@ -46,13 +50,13 @@ def smooth(work: Work, step: Smooth) -> None:
 
 
 @torch.no_grad()
-def _scales(target: Target, step: Smooth, inputs: ReaderInputs) -> tuple[torch.Tensor | None, str]:
+def _scales(target: Target, step: Smooth, inputs: Mapping[Key, InputStatistics]) -> tuple[torch.Tensor | None, str]:
     """The scales [N] by which a pair's source is divided, or None, and what to say of them."""
     pair = target.pair
     consumers = [c for c in pair.consumers if c.module in target.schemes]
     maxima = []
     for c in consumers:
-        statistics = inputs.statistics(c.module)
+        statistics = inputs.get(weight_key(c.module))
         if statistics is None or statistics.count == 0:
             return None, ""
         weight = linear_weight(c.module).float().abs().amax(0)
@@ -67,7 +71,9 @@ def _scales(target: Target, step: Smooth, inputs: ReaderInputs) -> tuple[torch.T
             own = None if scales is None else reader_scales(scales, c)
             scheme = target.schemes[c.module]
             assert scheme is not None
-            total += output_error(inputs.rows(c.module), linear_weight(c.module), own, scheme)
+            seen = inputs[weight_key(c.module)]
+            assert isinstance(seen, RowStatistics)
+            total += output_error(seen.rows, linear_weight(c.module), own, scheme)
         errors.append(total)
     unscaled, *errors = errors
     alpha = best_alpha(errors, unscaled)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from tcompress.calibrate import batches, evaluating
 from tcompress.collect import collect, layers_by_input
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
+from tcompress.footprint import measure
+from tcompress.in_place import InPlace
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
+from tcompress.memory import trim
+from tcompress.memory_plan import MemoryPlan, needs_of, plan
 from tcompress.prune_step import Pruned
 from tcompress.recipe import Prune, Quantize, Recipe
 from tcompress.resume import StageStore, fingerprint
@@ -44,6 +49,8 @@ def solve(
     progress: bool = False,
     resume: str | Path | None = None,
     inplace: bool = False,
+    max_memory: int | None = None,
+    early: InPlace | None = None,
 ) -> tuple[dict[nn.Module, Solution], list[Any], list[str]]:
     """Solves the linear layers of a recipe in the order in which the model runs them.
 
@@ -66,6 +73,8 @@ def solve(
         inplace: layers that are pruned, and that no later step packs, get their new weights as soon as their block is
             done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
+        max_memory: bytes to keep within (`memory_plan`).
+        early: puts layers in their places as soon as their block is done.
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -100,7 +109,13 @@ def solve(
             chains, owner, why = [], {}, "blocks share weights"
         if not chains and len(jobs) > 1:
             notes.append(f"{why}: all layers were solved on the original model's inputs")
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace)
+        within, folder = MemoryPlan(), None
+        if max_memory is not None and jobs:
+            measured = measure(model, chains, samples[0], [job.module for job in jobs])
+            within = plan(max_memory, needs_of(jobs, owner, measured, samples))
+        if within.on_disk:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="tcompress-")))
+        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians, early)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         for stage in track(stages, "calibrating", disable=not progress, transient=True):
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
@@ -126,18 +141,23 @@ class _Run:
         notes: list[str],
         store: StageStore | None,
         inplace: bool,
+        folder: Path | None = None,
+        limit: int | None = None,
+        early: InPlace | None = None,
     ) -> None:
         self._inplace = inplace
+        self._folder, self._limit, self._early = folder, limit, early
+        if inputs == "original" and any(job.by_block for job in jobs):
+            self._early = None  # no block runs after it is solved
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store
-        self._runner = BlockRunner(model, chains, samples)
-        self._one_sample = BlockRunner(model, chains, samples[:1])
+        self._runner = BlockRunner(model, chains, samples, folder)
         #: What the original blocks return: what AutoRound's are to return as well, and what propagated weights make up
         #: for.
         self._original: BlockRunner | None = None
         if any(job.by_block or job.needs_original for job in jobs):
-            self._original = self._runner if inputs == "original" else BlockRunner(model, chains, samples)
+            self._original = self._runner if inputs == "original" else BlockRunner(model, chains, samples, folder)
 
     def block(self, chain: int, block: int, jobs: list[Job]) -> None:
         """Solves the layers of one block and gives the next one its inputs."""
@@ -150,27 +170,25 @@ class _Run:
                 if not original:
                     for job in jobs:
                         self._replace(replaced, job)
-                self._runner.run(chain, block, keep=True)
-            self._forget_copies(jobs)
+                self._run_on(chain, block, jobs)
+            self._done_with(jobs)
             return
         together = [job for job in jobs if job.by_block]
         groups = self._groups(chain, block, jobs)
         for_together: dict[Key, InputStatistics] = {}
         with ExitStack() as replaced:
             for parts in groups:
-                run = partial(self._runner.run, chain, block, False)
-                statistics = self._statistics(parts, run, partial(self._pairs, chain, block))
+                alone = [job for part in parts for job in part if not job.by_block]
+                for_together |= self._solve_parts(chain, block, parts, alone)
                 if parts is groups[0]:  # until here nothing is replaced in this block
                     self._go_on(chain, block)
-                for_together |= {job.key: statistics[job.key] for job in together if job.key in statistics}
-                alone = [job for part in parts for job in part if not job.by_block]
-                self._solve(alone, statistics)
+                self._solve(alone, {})
                 if not original:
                     for job in alone:
                         self._replace(replaced, job)
             if together:
                 assert self._original is not None
-                calls = Calls()
+                calls = Calls(self._folder)
                 hook = module.register_forward_pre_hook(calls.hook, with_kwargs=True)
                 try:
                     self._runner.run(chain, block, original)
@@ -182,9 +200,35 @@ class _Run:
                     for job in together:
                         self._replace(replaced, job)
             if not (original and together):
-                self._runner.run(chain, block, keep=True)
+                self._run_on(chain, block, jobs)
         self._keep(stage, jobs, noted)
+        self._done_with(jobs)
+
+    def _run_on(self, chain: int, block: int, jobs: list[Job]) -> None:
+        """Gives the next block its inputs."""
+        with nullcontext() if self._early is None else self._early.compared(jobs, self.solved):
+            self._runner.run(chain, block, keep=True)
+
+    def _done_with(self, jobs: list[Job]) -> None:
+        """What a block's layers need no more goes."""
         self._forget_copies(jobs)
+        if self._early is not None:
+            self._early.put()
+            for job in jobs:
+                if job.module in self._early.replaced:
+                    self.solved[job.key] = Solution(self.solved[job.key].weight.new_empty(0), None, None)
+
+    def _solve_parts(
+        self, chain: int, block: int, parts: list[list[Job]], alone: list[Job]
+    ) -> dict[Key, InputStatistics]:
+        """Solves layers of a block on their own. Returns the statistics of the others."""
+        others: dict[Key, InputStatistics] = {}
+        wait = {job.key for part in parts for job in part if job.by_block}
+        run = partial(self._runner.run, chain, block, False)
+        for statistics in self._statistics(parts, run, partial(self._pairs, chain, block)):
+            others |= {key: found for key, found in statistics.items() if key in wait}
+            self._solve([job for job in alone if job.key in statistics], statistics)
+        return others
 
     def _go_on(self, chain: int, block: int) -> None:
         """Keeps what the original block returns."""
@@ -202,7 +246,11 @@ class _Run:
                 by = "gptq" if job.needs_hessian else "rtn"
                 self._notes.append(f"{job.name} stands in no block, by which autoround learns: {by} instead")
         if jobs:
-            self._solve(jobs, self._statistics([[job] for job in jobs], self._runner.run_rest))
+            for statistics in self._statistics([[job] for job in jobs], self._runner.run_rest):
+                own = [job for job in jobs if job.key in statistics]
+                self._solve(own, statistics)
+                self._forget_copies([job for job in own if not job.only_prunes])
+            self._solve(jobs, {})
             self._keep("rest", jobs, noted)
             self._forget_copies(jobs)
 
@@ -238,20 +286,20 @@ class _Run:
         """Layers that are solved before the next ones are run; in each of these, those with one input together."""
         if not any(job.needs_statistics for job in jobs):
             return [[[job] for job in jobs]]
-        parts = layers_by_input(jobs, partial(self._one_sample_run, chain, block))
+        of = {job.module: job for job in jobs}
+        found = layers_by_input(list(of), partial(self._runner.run, chain, block, False, 0))
+        parts = [[of[module] for module in part] for part in found]
         return [[part] for part in parts] if self._inputs == "sequential" else [parts]
-
-    def _one_sample_run(self, chain: int, block: int) -> None:
-        self._one_sample.take_outputs(self._runner)
-        self._one_sample.run(chain, block, keep=False)
 
     def _statistics(
         self, parts: list[list[Job]], run: Callable[[], None], pairs: Callable[[], Any] | None = None
-    ) -> Mapping[Key, InputStatistics]:
-        if not any(job.needs_statistics for part in parts for job in part):
-            return {}
-        paired = self._original is not self._runner and any(job.needs_original for part in parts for job in part)
-        return collect(parts, run, pairs() if pairs is not None and paired else None)
+    ) -> Iterator[dict[Key, InputStatistics]]:
+        """Of as many layers at a time as fit."""
+        jobs = [job for part in parts for job in part]
+        layers = [[job.module for job in part if job.needs_statistics] for part in parts]
+        hessian = {job.key for part in parts if any(job.needs_hessian for job in part) for job in part}
+        paired = self._original is not self._runner and any(job.needs_original for job in jobs)
+        return collect(layers, run, hessian, pairs() if pairs is not None and paired else None, self._limit)
 
     def _pairs(self, chain: int, block: int) -> list[tuple[Callable[[], None], Callable[[], None]]]:
         """Of each sample, a call of the block in the original model and one in the compressed model."""
@@ -279,6 +327,7 @@ class _Run:
                 text = f"{job.name} has no calibration inputs: by magnitude and rounding to nearest instead"
                 self._notes.append(text)
                 found = None
+            trim()
             try:
                 self.solved[job.key] = solve_layer(job, found)
             except ValueError as error:
@@ -288,14 +337,14 @@ class _Run:
                 self._output_sqnr[job.key] = output_sqnr_db(before, after, found.hessian)
 
     def _forget_copies(self, jobs: Collection[Job]) -> None:
-        """Of quantized layers the integers are enough; in place, pruned ones need nothing more."""
+        """Of quantized layers the integers are enough, of pruned ones the weight; in place, these need nothing more."""
         for job in jobs:
             found = self.solved[job.key]
             if self._inplace and job.only_prunes and found.written is None:
                 self.solved[job.key] = self._written(job, found)
-            elif found.packed is not None and found.outliers is None:
-                empty = found.weight.new_empty(0)
-                self.solved[job.key] = Solution(empty, found.mask, found.packed, found.bias)
+            elif found.outliers is None and found.written is None:  # what pruning left has its zeros
+                weight = found.weight if found.packed is None else found.weight.new_empty(0)
+                self.solved[job.key] = Solution(weight, None, found.packed, found.bias)
 
 
 def _without_bias(jobs: Sequence[Job]) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcompress.blocks import copied, forward_replaced, tensors_in
+from tcompress.activations import Kept, copied, tensors_in
+from tcompress.blocks import forward_replaced
 from tcompress.calibrate import first_tensor
 from tcompress.layer_job import Job, Key, Solution
 from tcompress.quantize.autoround import RoundedWeight, autoround
@@ -22,21 +24,25 @@ from tcompress.weights import linear_bias
 
 
 class Calls:
-    """What a block was called with on all samples, to call it again."""
+    """What a block was called with on all samples, to call it again.
 
-    def __init__(self) -> None:
-        self._given: list[tuple[Any, Any]] = []
+    Args:
+        folder: as for `activations.Kept`.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._given = Kept(folder, f"calls-{id(self)}")
 
     def __len__(self) -> int:
         return len(self._given)
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook, registered with_kwargs."""
-        self._given.append((copied(args), copied(kwargs)))
+        self._given[len(self._given)] = copied(args), copied(kwargs)
 
     def output(self, block: nn.Module, call: int) -> torch.Tensor:
         """The first tensor that the block returns when it is called so again."""
-        args, kwargs = (copied(given) for given in self._given[call])
+        args, kwargs = self._given[call]
         output = first_tensor(block(*args, **kwargs))
         if output is None:
             raise ValueError(f"autoround: block: got {type(block).__name__}, expected one that returns a float tensor")
@@ -48,7 +54,7 @@ def solve_block(
     jobs: Sequence[Job],
     statistics: Mapping[Key, InputStatistics],
     calls: Calls,
-    targets: Sequence[Any],
+    targets: Kept,
 ) -> dict[Key, Solution]:
     """Learns the rounding of a block's layers (`quantize.autoround`): mean squared error of the block's first output
     to that of the original block behind original blocks.
@@ -66,7 +72,6 @@ def solve_block(
     by_key = {job.key: job for job in jobs}
     begins = {key: _begin(job, statistics.get(key)) for key, job in by_key.items()}
     keys = list(by_key)
-    expected = [next(t for t in tensors_in(target) if t.is_floating_point()).float() for target in targets]
     with ExitStack() as stack:
         for parameter in block.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -77,7 +82,8 @@ def solve_block(
 
         def loss(values: Sequence[torch.Tensor], call: int) -> torch.Tensor:
             current.update(zip(keys, values, strict=True))
-            return F.mse_loss(calls.output(block, call).float(), expected[call])
+            expected = next(t for t in tensors_in(targets[call]) if t.is_floating_point())
+            return F.mse_loss(calls.output(block, call).float(), expected.float())
 
         iterations = jobs[0].quantize.iterations if jobs[0].quantize is not None else None
         assert iterations is not None

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.calibrate import evaluating, run
 
 

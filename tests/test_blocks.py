@@ -7,7 +7,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tcompress.blocks import BlockRunner, copied, find_chains
+from tcompress.activations import copied
+from tcompress.blocks import BlockRunner, find_chains
 from tcompress.calibrate import evaluating, first_tensor, run
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

@@ -4,9 +4,10 @@ import torch
 from paired_models import llama
 
 from tcompress.calibrate import evaluating, run
-from tcompress.pair_inputs import ReaderInputs, Target
+from tcompress.pair_inputs import Target, collect_readers
 from tcompress.pairs import find_pairs
 from tcompress.statistics import InputStatistics
+from tcompress.weights import weight_key
 
 
 def test_inputs_of_readers():
@@ -18,28 +19,23 @@ def test_inputs_of_readers():
         for module in target.schemes:
             alone[module] = InputStatistics(module.weight.shape[1])
             handles.append(module.register_forward_pre_hook(alone[module].hook, with_kwargs=True))
-    collected = ReaderInputs(hessian=True, rows=10, batches=2)
 
     def run_all():
         for batch in batches:
             run(model, batch)
 
     with evaluating(model):
-        collected.collect(targets, run_all)
+        collected = collect_readers(targets, run_all, hessian=True, rows=5)
     for handle in handles:
         handle.remove()
     for module, expected in alone.items():
-        got = collected.statistics(module)
+        got = collected[weight_key(module)]
         assert torch.equal(got.hessian, expected.hessian)
         assert torch.equal(got.max_abs, expected.max_abs)
         assert got.count == expected.count == 48
-        assert collected.rows(module).shape == (10, module.weight.shape[1])
+        assert got.rows.shape == (10, module.weight.shape[1])
     attention = model.model.layers[0].self_attn
-    shared = {id(collected.statistics(m)) for m in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    shared = {id(collected[weight_key(m)]) for m in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(shared) == 1
-    assert collected.statistics(attention.o_proj) is not collected.statistics(attention.q_proj)
+    assert collected[weight_key(attention.o_proj)] is not collected[weight_key(attention.q_proj)]
     assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_reader_that_was_never_called():
-    assert ReaderInputs(hessian=False).statistics(torch.nn.Linear(2, 2)) is None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.calibrate import first_tensor, run
 from tcompress.errors import message
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.calibrate import evaluating, run
 from tcompress.match import module_names
 from tcompress.pairs.gain import gain_of, may_have_gain

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.calibrate import run
 from tcompress.pairs.owners import Owners
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tcompress.blocks import tensors_in
+from tcompress.activations import tensors_in
 from tcompress.calibrate import run
 from tcompress.pairs.owners import Owners
 from tcompress.pairs.twins import all_equal, channels_of, contained, scaled, start

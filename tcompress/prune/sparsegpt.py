@@ -75,7 +75,9 @@ def sparsegpt(
     dead = hessian.diagonal() == 0
     w[:, dead] = 0
     mask = torch.ones_like(w, dtype=torch.bool)
-    factor = inverse_factor(hessian + torch.diag(dead.float()), damping, "sparsegpt")
+    if bool(dead.any()):
+        hessian = hessian + torch.diag(dead.float())
+    factor = inverse_factor(hessian, damping, "sparsegpt")
     diagonal = factor.diagonal()
 
     def keep(values: torch.Tensor, first: int) -> torch.Tensor:

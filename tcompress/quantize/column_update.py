@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -42,20 +43,26 @@ def inverse_factor(hessian: torch.Tensor, damping: float, where: str) -> torch.T
     Args:
         hessian: [K, K] with a positive diagonal.
     """
-    flipped = hessian.double().flip(0, 1)
-    identity = torch.eye(len(flipped), dtype=torch.float64, device=flipped.device)
-    if flipped.numel() == 0:
-        return identity.float()
-    mean = flipped.diagonal().mean()
+    identity = partial(torch.eye, len(hessian), device=hessian.device)
+    if hessian.numel() == 0:
+        return identity()
     for step in (*_LADDER, None):
+        # Two float64 matrices at a time: they are the largest things that solving a layer takes.
+        damped = hessian.flip(0, 1).double()
+        mean = damped.diagonal().mean()
         if step is None:
-            flipped.diagonal().clamp_(min=mean)
-        factor, failed = torch.linalg.cholesky_ex(flipped + identity * (mean * damping * (step or _LADDER[-1])))
+            damped.diagonal().clamp_(min=mean)
+        damped.diagonal().add_(mean * damping * (step or _LADDER[-1]))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed and torch.isfinite(factor).all():
-            return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).float()
+            inverse = identity(dtype=torch.float64)
+            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+            del factor
+            return inverse.float().flip(0, 1)
     text = f"{where}: the Hessian has no Cholesky factor even with its diagonal raised: no weight makes up for another"
     warnings.warn(text, CompressionWarning, stacklevel=3)
-    return identity.float()
+    return identity()
 
 
 def fix_columns(

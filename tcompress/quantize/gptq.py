@@ -63,7 +63,9 @@ def gptq(
         hessian = checked_hessian(statistics, w.shape[1], "gptq").to(w.device)
         diagonal = hessian.diagonal()
         raised = torch.where(diagonal > 0, damping * diagonal.mean(), torch.ones_like(diagonal))
-        grid, back = refine(w, hessian + torch.diag(raised), grid, back, sweeps, keep_zeros, "gptq")
+        damped = hessian.clone()
+        damped.diagonal().add_(raised)
+        grid, back = refine(w, damped, grid, back, sweeps, keep_zeros, "gptq")
     return grid.pack(back)
 
 
@@ -117,6 +119,7 @@ def _factor(
         diagonal = hessian.diagonal()
         order = diagonal.argsort(descending=True, stable=True)
         order = order if act_order else torch.arange(len(order), device=order.device)
-        damped = hessian + torch.diag((diagonal == 0).float())  # dead columns: on their own, at the end
-        found = statistics.factors[key] = hessian, order, inverse_factor(damped[order][:, order], damping, "gptq")
+        ordered = hessian[order][:, order]
+        ordered.diagonal().add_((ordered.diagonal() == 0).float())  # dead columns: on their own, at the end
+        found = statistics.factors[key] = hessian, order, inverse_factor(ordered, damping, "gptq")
     return found[1], found[2]

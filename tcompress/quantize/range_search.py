@@ -21,7 +21,7 @@ _SHRINK = tuple(1 - 0.05 * i for i in range(15))
 #: Least squares after that: each step finds the best scale for the integers, and these for the scale.
 _LEAST_SQUARES = 3
 #: Weights that are worked on at once, so that memory stays small beside a large layer.
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 def find_grid(
