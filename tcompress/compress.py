@@ -12,7 +12,6 @@ from rich import get_console
 from torch import nn
 
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
-from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
@@ -139,7 +138,7 @@ def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[st
     if not before.finite:
         notes.append("the model's output is not finite on the data, before compression already")
         return None
-    if not finite(after):
+    if not before.is_finite(after):
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
     return before.cosine_to(after)

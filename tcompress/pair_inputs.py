@@ -13,6 +13,7 @@ from torch import nn
 
 from tcompress.errors import message
 from tcompress.match import any_matches, ignored, match, module_names, output_embeddings
+from tcompress.padding import counted
 from tcompress.pairs import Pair, find_pairs
 from tcompress.pairs.find import NoPair
 from tcompress.quantize.scheme import Scheme
@@ -135,7 +136,7 @@ class ReaderInputs:
                 self._statistics[module] = InputStatistics(k, self._hessian, x.device)
             self._statistics[module].add(x)
             if self._rows:
-                flat = x.detach().reshape(-1, k)
+                flat = counted(x.detach()).reshape(-1, k)
                 stride = max(len(flat) // self._rows, 1)
                 self._kept.setdefault(module, []).append(flat[::stride][: self._rows].float().clone())
 

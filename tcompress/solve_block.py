@@ -13,6 +13,7 @@ from torch import nn
 from tcompress.blocks import copied, forward_replaced, tensors_in
 from tcompress.calibrate import first_tensor
 from tcompress.layer_job import Job, Key, Solution
+from tcompress.padding import Masks, counted, running_masks
 from tcompress.quantize.autoround import RoundedWeight, autoround
 from tcompress.quantize.gptq import gptq_grid
 from tcompress.quantize.range_search import find_grid
@@ -25,22 +26,26 @@ class Calls:
     """What a block was called with on all samples, to call it again."""
 
     def __init__(self) -> None:
-        self._given: list[tuple[Any, Any]] = []
+        self._given: list[tuple[Any, Any, Masks]] = []
 
     def __len__(self) -> int:
         return len(self._given)
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook, registered with_kwargs."""
-        self._given.append((copied(args), copied(kwargs)))
+        self._given.append((copied(args), copied(kwargs), running_masks()))
 
     def output(self, block: nn.Module, call: int) -> torch.Tensor:
         """The first tensor that the block returns when it is called so again."""
-        args, kwargs = (copied(given) for given in self._given[call])
+        args, kwargs = (copied(given) for given in self._given[call][:2])
         output = first_tensor(block(*args, **kwargs))
         if output is None:
             raise ValueError(f"autoround: block: got {type(block).__name__}, expected one that returns a float tensor")
         return output
+
+    def counted(self, output: torch.Tensor, call: int) -> torch.Tensor:
+        """Of what the block returns, without padding."""
+        return counted(output, self._given[call][2])
 
 
 def solve_block(
@@ -66,7 +71,8 @@ def solve_block(
     by_key = {job.key: job for job in jobs}
     begins = {key: _begin(job, statistics.get(key)) for key, job in by_key.items()}
     keys = list(by_key)
-    expected = [next(t for t in tensors_in(target) if t.is_floating_point()).float() for target in targets]
+    returned = [next(t for t in tensors_in(target) if t.is_floating_point()) for target in targets]
+    expected = [calls.counted(output, call).float() for call, output in enumerate(returned)]
     with ExitStack() as stack:
         for parameter in block.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -77,7 +83,7 @@ def solve_block(
 
         def loss(values: Sequence[torch.Tensor], call: int) -> torch.Tensor:
             current.update(zip(keys, values, strict=True))
-            return F.mse_loss(calls.output(block, call).float(), expected[call])
+            return F.mse_loss(calls.counted(calls.output(block, call), call).float(), expected[call])
 
         iterations = jobs[0].quantize.iterations if jobs[0].quantize is not None else None
         assert iterations is not None
