@@ -116,6 +116,9 @@ def mixed_precision(
         raise ValueError(message("mixed_precision", "budget", sorted(given) or "none", f"one of {sorted(budgets)}"))
     ((kind, budget),) = given.items()
     named = {name: None if name == FLOAT else Scheme.named(name) for name in schemes}
+    static = [name for name, scheme in named.items() if scheme is not None and scheme.static]
+    if static:
+        raise ValueError(message("mixed_precision", "schemes", static, "dynamic activations"))
     any_scheme = next(s for s in [*named.values(), SCHEMES["W8A8"]] if s)
     step = _step(any_scheme, targets=tuple(targets), ignore=tuple(ignore))
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]

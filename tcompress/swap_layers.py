@@ -13,6 +13,7 @@ from torch import nn
 
 from tcompress import attention_step, calibrate, replace
 from tcompress.fuse import fuse
+from tcompress.input_scales import has_static, with_input_scales
 from tcompress.layer_job import Solution, Written
 from tcompress.match import COMPRESSED, Match, match, unmatched
 from tcompress.match_attention import match_attention
@@ -100,6 +101,11 @@ def swap_layers(
         notes += solving
         del solved
 
+    if has_static(matches):
+        data = None if data is None else list(calibrate.batches(data))
+        matches, fixing = with_input_scales(model, matches, converted, data)
+        notes += fixing
+
     cache: replace.PackedCache = {}
     # Of layers with one weight, one that was solved says what its integers are.
     ordered = sorted(matches, key=lambda m: m.solved is None)
@@ -163,6 +169,8 @@ def _layer_report(m: Match, replacement: nn.Module, reason: str) -> LayerReport:
     action = "float" if m.scheme is None else m.scheme.name
     if isinstance(m.step, Quantize) and m.step.algorithm != "rtn":
         action += f" {m.step.algorithm}"
+    if m.input_scale is not None:
+        reason = "; ".join(filter(None, (f"inputs in {m.input_scale.lo:.3g} … {m.input_scale.hi:.3g}", reason)))
     if isinstance(replacement, OutlierLinear):
         count = replacement.outlier_columns.numel()
         reason = "; ".join(filter(None, (f"{count} outlier inputs in floating point", reason)))

@@ -54,6 +54,8 @@ def simulated(model: nn.Module, recipe: Recipe) -> tuple[dict[nn.Module, Effecti
         isinstance(step, Quantize) and step.needs_data for step in steps
     ):  # then there are statistics, by which the search of a range weighs errors
         by_data.append("the inputs' weight in range mse")
+    if any(step.scheme is not None and step.scheme.static for step in steps):
+        notes.append("training simulated a scale for each token; data then fixed one for all")
     if by_data:
         notes.append(f"training did not simulate {', '.join(by_data)}, which data decide afterwards")
     return {m.module: _effective(m) for m in matches if m.scheme is not None}, notes
