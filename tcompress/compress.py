@@ -22,6 +22,7 @@ from tcompress.share import codebook_step, low_rank_step, tie  # noqa: F401  dec
 from tcompress.solve import steps_with_data
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
+from tcompress.transform_store import LAYERS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def compress(
         max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
         resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
             by block. The same call with the same folder after a crash goes on after the last block that was finished,
-            with the result that it would have had. Transforms before them are run again; `Distill` has a `checkpoint`.
+            with the result that it would have had. So does it after the last transform (smooth, awq, rotate, shrink, …)
+            that was finished, whose model is kept there; within a `Distill` step, its `checkpoint` does.
         inplace: change `model` itself, layer by layer where algorithms with data prune it: there is then no second
             copy of it, and a run that fails may leave it pruned in part. Otherwise `model` stays as it is, and what is
             not compressed is copied.
@@ -90,7 +92,7 @@ def compress(
     cosine = None if reference is None else _output_cosine(swapped.model, reference, notes)
     if samples is not None:
         notes = [*samples.notes, *notes]
-    if resume is not None and not steps_with_data(recipe):
+    if resume is not None and not steps_with_data(recipe) and not has_transforms(recipe):
         notes.append("resume: no step of this recipe keeps what it has finished there")
     after = model_sizes(swapped.model)
     if swapped.smaller_is_meant:
@@ -113,13 +115,14 @@ def _transformed(
     model: nn.Module, recipe: Recipe, data: Any, inplace: bool, progress: bool, resume: str | Path | None
 ) -> tuple[Work, Swapped]:
     """The transforms of a recipe, then its other steps on what they made."""
-    work, rest = transform(model, recipe, data, inplace, progress)
+    work, rest = transform(model, recipe, data, inplace, progress, resume)
     if rest is None:
         return work, Swapped(work.model, [], [], [], None, _makes_smaller(recipe))
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
     required = not work.layers
-    swapped = swap_layers(work.model, rest, work.samples, in_copy, progress, required=required, resume=resume)
+    of_layers = None if resume is None else Path(resume) / LAYERS
+    swapped = swap_layers(work.model, rest, work.samples, in_copy, progress, required=required, resume=of_layers)
     return work, replace(swapped, smaller_is_meant=swapped.smaller_is_meant or _makes_smaller(recipe))
 
 
