@@ -13,9 +13,11 @@
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x_in, int64_t bits, bool symmetric) {
-  require(x_in.dim() >= 1, "quantize_per_token: x: expected at least 1 dimension");
-  require(bits >= 2 && bits <= 8, "quantize_per_token: bits: expected 2 to 8");
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;
+
+Quantized quantized(const Tensor& x_in, int64_t bits, bool symmetric, const cpu::FixedScale* fixed) {
+  require(x_in.dim() >= 1, "quantize: x: expected at least 1 dimension");
+  require(bits >= 2 && bits <= 8, "quantize: bits: expected 2 to 8");
   const Tensor x = dense(x_in);
   const DType dtype = float_dtype(x.scalar_type());
   Shape shape = shape_of(x);
@@ -27,9 +29,25 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x_in, int64_
   Tensor zero_point = torch::stable::new_empty(x, shape, ScalarType::Int);
   cpu::quantize_per_token(
       {x.data_ptr(), dtype, m, k, static_cast<int>(bits), symmetric, static_cast<uint8_t*>(q.data_ptr()),
-       static_cast<float*>(scale.data_ptr()), static_cast<int32_t*>(zero_point.data_ptr())},
+       static_cast<float*>(scale.data_ptr()), static_cast<int32_t*>(zero_point.data_ptr()), fixed},
       threads());
   return {q, scale, zero_point};
+}
+
+Quantized quantize_per_token(const Tensor& x, int64_t bits, bool symmetric) {
+  return quantized(x, bits, symmetric, nullptr);
+}
+
+Quantized quantize_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t bits,
+                          bool symmetric) {
+  require(scale.scalar_type() == ScalarType::Float && scale.numel() == 1,
+          "quantize_static: scale: expected one float32");
+  require(
+      symmetric || (zero_point.has_value() && zero_point->scalar_type() == ScalarType::Int && zero_point->numel() == 1),
+      "quantize_static: zero_point: expected one int32");
+  const cpu::FixedScale fixed = {*static_cast<const float*>(scale.data_ptr()),
+                                 symmetric ? 0 : *static_cast<const int32_t*>(zero_point->data_ptr())};
+  return quantized(x, bits, symmetric, &fixed);
 }
 
 Tensor int8_prepack(const Tensor& weight_in) {
@@ -198,6 +216,7 @@ Tensors int8_multi_linear(const Tensor& x, const MaybeTensors& weights, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(tcompress, CPU, m) {
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+  m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("int8_prepack", TORCH_BOX(&int8_prepack));
   m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));

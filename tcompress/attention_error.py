@@ -10,12 +10,13 @@ import torch
 from tcompress.nn.int8_attention import Int8Attention
 from tcompress.ops.float_attention import float_attention
 from tcompress.ops.quantized_attention import quantized_attention
+from tcompress.padding import counted
 
 
 class AttentionError:
     """Compares, at each call of an `Int8Attention`, `ops.quantized_attention` with floating point.
 
-    With O the result in floating point and Δ the difference, both over all calls, queries and channels::
+    With O the result in floating point and Δ the difference, both over all calls, queries (but padding) and channels::
 
         cosine       Σ O (O + Δ) / √(ΣO² Σ(O + Δ)²)
         relative_l1  Σ|Δ| / Σ|O|
@@ -41,10 +42,10 @@ class AttentionError:
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
         """Takes in a pair of results, [B, H, Sq, Dv]."""
-        o, p = expected.double(), got.double()
+        o, p = (counted(t.transpose(1, 2)).double() for t in (expected, got))  # [B, Sq, H, Dv], or [R, H, Dv]
         delta = p - o
         parts = (o * p, o * o, p * p, delta.abs(), o.abs(), delta * delta, torch.ones_like(o))
-        sums = torch.stack([part.sum((0, 2, 3)) for part in parts]).cpu()
+        sums = torch.stack([part.flatten(0, -3).sum((0, 2)) for part in parts]).cpu()
         more = sums.shape[1] - self._sums.shape[1]
         old = torch.nn.functional.pad(self._sums, (0, max(more, 0)))
         self._sums = old + torch.nn.functional.pad(sums, (0, max(-more, 0)))

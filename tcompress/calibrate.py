@@ -17,6 +17,7 @@ from tcompress.errors import message
 from tcompress.integrations.attention_modules import attached
 from tcompress.match_attention import AttentionMatch
 from tcompress.memory import trim, trimmed_between_blocks
+from tcompress.padding import Masks, counted, counting, token_mask, token_masks
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -39,12 +40,22 @@ def batches(data: Any) -> Iterator[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as the only one."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as the only one.
+
+    Hooks on its modules may ask meanwhile which tokens are padding (`padding.counted`).
+    """
+    with counting(token_masks(model, batch)):
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        return model(batch)
+
+
+def output_tokens(model: nn.Module, batch: Any) -> torch.Tensor | None:
+    """What a model is judged by (`first_tensor`) on a batch, without what it returns for padding."""
+    output = first_tensor(run(model, batch))
+    return None if output is None else counted(output, token_masks(model, batch))
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
@@ -67,7 +78,7 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 class OutputError:
-    """Sums the squares of a layer's output and of the replacement's deviation from it."""
+    """Sums the squares of a layer's output and of the replacement's deviation from it, over the tokens that count."""
 
     def __init__(self, replacement: nn.Module) -> None:
         self.replacement = replacement
@@ -75,7 +86,7 @@ class OutputError:
         self.calls = 0
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        signal, noise = squared_errors(output, self.replacement(*args, **kwargs))
+        signal, noise = squared_errors(counted(output), counted(self.replacement(*args, **kwargs)))
         self.signal += signal
         self.noise += noise
         self.calls += 1
@@ -97,31 +108,42 @@ class Reference:
     Attributes:
         batch: the input.
         shape: of the first float tensor that the model returned.
-        rows: of that tensor [..., C], or all of it.
-        finite: whether it held neither NaN nor infinity.
+        rows: of that tensor [..., C], without padding, or all of it.
+        masks: which tokens count.
+        finite: whether these held neither NaN nor infinity.
     """
 
     batch: Any
     shape: torch.Size
     rows: torch.Tensor
     finite: bool
+    masks: Masks = ()
 
     @classmethod
-    def of(cls, batch: Any, output: torch.Tensor) -> Reference:
+    def of(cls, batch: Any, output: torch.Tensor, masks: Masks = ()) -> Reference:
         """Takes what is kept of an output."""
-        rows = _spaced(output)
+        rows = _spaced(output, masks)
         # A view would hold all of it.
-        return cls(batch, output.shape, rows.clone() if rows is not output else output, finite(output))
+        rows = rows.clone() if rows is not output else output
+        return cls(batch, output.shape, rows, finite(counted(output, masks)), masks)
 
     def cosine_to(self, output: torch.Tensor) -> float:
         """Of an output of the same shape."""
-        return cosine(_spaced(output), self.rows)
+        return cosine(_spaced(output, self.masks), self.rows)
+
+    def is_finite(self, output: torch.Tensor) -> bool:
+        """Whether an output of the same shape holds neither NaN nor infinity, but for padding."""
+        return finite(counted(output, self.masks))
 
 
-def _spaced(output: torch.Tensor) -> torch.Tensor:
+def _spaced(output: torch.Tensor, masks: Masks) -> torch.Tensor:
+    mask = token_mask(output, masks)
     if output.numel() <= PIECE or output.dim() < 2:
-        return output
-    return output.reshape(-1, output.shape[-1])[:: math.ceil(output.numel() / PIECE)]
+        return output if mask is None else output[mask]
+    step = math.ceil(output.numel() / PIECE)
+    if mask is None:
+        return output.reshape(-1, output.shape[-1])[::step]
+    return output.flatten(0, mask.dim() - 1)[mask.flatten().nonzero()[::step, 0]]
 
 
 @dataclass
@@ -183,7 +205,7 @@ def reference(model: nn.Module, batch: Any) -> Reference | None:
     trim()
     with trimmed_between_blocks(model):
         output = first_tensor(run(model, batch))
-    found = None if output is None else Reference.of(batch, output)
+    found = None if output is None else Reference.of(batch, output, token_masks(model, batch))
     del output
     trim()
     return found

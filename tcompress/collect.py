@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcompress.padding import counted
 from tcompress.statistics import InputStatistics
 from tcompress.weights import linear_weight, weight_key
 
@@ -129,7 +130,7 @@ class RowStatistics(InputStatistics):
 
     def add(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         super().add(x, *args, **kwargs)
-        flat = x.detach().reshape(-1, x.shape[-1])
+        flat = counted(x.detach()).reshape(-1, x.shape[-1])
         stride = max(len(flat) // self._rows, 1)
         self._kept.append(flat[::stride][: self._rows].float().clone())
 

@@ -12,7 +12,6 @@ from rich import get_console
 from torch import nn
 
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
-from tcompress.distances import finite
 from tcompress.errors import CompressionWarning, message
 from tcompress.memory import parse_bytes, trim, trimmed_between_blocks
 from tcompress.prune import shrink  # noqa: F401  declares its step
@@ -24,6 +23,7 @@ from tcompress.share import codebook_step, low_rank_step, tie  # noqa: F401  dec
 from tcompress.solve import steps_with_data
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
+from tcompress.transform_store import LAYERS
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def compress(
         max_length: token ids are clipped to as many; by default to the positions that the model's configuration names.
         resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
             by block. The same call with the same folder after a crash goes on after the last block that was finished,
-            with the result that it would have had. Transforms before them are run again; `Distill` has a `checkpoint`.
+            with the result that it would have had. So does it after the last transform (smooth, awq, rotate, shrink, …)
+            that was finished, whose model is kept there; within a `Distill` step, its `checkpoint` does.
         inplace: change `model` itself, block by block where algorithms with data prune or quantize it: there is then no
             second copy of it, the floats of a block go as soon as it is done, and a run that fails may leave it
             compressed in part. Layers of blocks are then compared on what they are given in the model under way.
@@ -102,7 +103,7 @@ def compress(
     cosine = None if reference is None else _output_cosine(swapped.model, reference, notes)
     if samples is not None:
         notes = [*samples.notes, *notes]
-    if resume is not None and not steps_with_data(recipe):
+    if resume is not None and not steps_with_data(recipe) and not has_transforms(recipe):
         notes.append("resume: no step of this recipe keeps what it has finished there")
     if limit is not None and (work is not None or not steps_with_data(recipe)):
         notes.append("max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it")
@@ -133,12 +134,13 @@ def _transformed(
     max_memory: int | None,
 ) -> tuple[Work, Swapped]:
     """The transforms of a recipe, then its other steps on what they made."""
-    work, rest = transform(model, recipe, data, inplace, progress)
+    work, rest = transform(model, recipe, data, inplace, progress, resume)
     if rest is None:
         return work, Swapped(work.model, [], [], [], None, _makes_smaller(recipe))
     # The copy may be changed; a model that is a single layer cannot be.
     in_copy = inplace or next(work.model.children(), None) is not None
     required = not work.layers
+    of_layers = None if resume is None else Path(resume) / LAYERS
     swapped = swap_layers(
         work.model,
         rest,
@@ -146,7 +148,7 @@ def _transformed(
         in_copy,
         progress,
         required=required,
-        resume=resume,
+        resume=of_layers,
         max_memory=max_memory,
         original=work.original,
     )
@@ -169,7 +171,7 @@ def _output_cosine(model: nn.Module, before: calibrate.Reference, notes: list[st
     if not before.finite:
         notes.append("the model's output is not finite on the data, before compression already")
         return None
-    if not finite(after):
+    if not before.is_finite(after):
         notes.append("the compressed model's output holds NaN or infinity where the model's does not")
         return None
     return before.cosine_to(after)

@@ -166,9 +166,9 @@ def _effective(
         own = trained.get(_key(m))
         fixed = None if own is not None else partial(_always, _computed(m))
         weight = fixed or maps[student.get_submodule(own.names[0])]  # type: ignore[union-attr]
-        activations = None if m.scheme is None else m.scheme.activations
-        takes = None if isinstance(m.module, nn.Embedding) or activations is None else activations
-        effective[layer] = Effective([weight], None if takes is None else partial(fake_quantize_input, args=takes))
+        activations = None if m.scheme is None or isinstance(m.module, nn.Embedding) else m.scheme.activations
+        quantizer = None if activations is None else partial(fake_quantize_input, args=activations, fixed=m.input_scale)
+        effective[layer] = Effective([weight], quantizer)
         if m.bias is not None:
             assert isinstance(layer.bias, nn.Parameter)
             layer.bias.data.copy_(m.bias)

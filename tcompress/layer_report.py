@@ -27,6 +27,8 @@ def compressed_report(m: Match, replacement: nn.Module, reason: str) -> LayerRep
     action = "float" if m.scheme is None else m.scheme.name
     if isinstance(m.step, Quantize) and m.step.algorithm != "rtn":
         action += f" {m.step.algorithm}"
+    if m.input_scale is not None:
+        reason = "; ".join(filter(None, (f"inputs in {m.input_scale.lo:.3g} … {m.input_scale.hi:.3g}", reason)))
     if isinstance(replacement, OutlierLinear):
         count = replacement.outlier_columns.numel()
         reason = "; ".join(filter(None, (f"{count} outlier inputs in floating point", reason)))

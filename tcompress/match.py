@@ -17,6 +17,7 @@ from tcompress.nn import CodebookLinear, OutlierLinear, QuantizedEmbedding, Quan
 from tcompress.ops.int8_linear import MAX_K
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES
 from tcompress.packing import PackedWeight
+from tcompress.quantize.observers import InputScale
 from tcompress.quantize.scheme import Scheme
 from tcompress.recipe import Quantize, Recipe, Sparse, Step
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_weight, weight_id
@@ -38,11 +39,16 @@ class Match:
     #: A corrected bias, and the inputs that stay in floating point (`layer_job.Solution`), or None.
     bias: torch.Tensor | None = None
     outliers: torch.Tensor | None = None
+    #: What quantizes its inputs where the scheme is static. Without, each token has a scale of its own.
+    input_scale: InputScale | None = None
 
     @property
     def scheme(self) -> Scheme | None:
         """Of the step; None keeps floats."""
-        return self.step.scheme
+        scheme = self.step.scheme
+        if scheme is not None and scheme.static and self.input_scale is None:
+            return scheme.with_dynamic_activations()
+        return scheme
 
     @property
     def weight(self) -> torch.Tensor:

@@ -15,11 +15,12 @@ from torch import nn
 from tcompress import timing
 from tcompress.blocks import forward_replaced
 from tcompress.budget import Candidate, choose_within, choose_within_loss
-from tcompress.calibrate import evaluating, first_tensor, run
+from tcompress.calibrate import evaluating, first_tensor, output_tokens, run
 from tcompress.errors import message
 from tcompress.match import Match, match
 from tcompress.nn import QuantizedLinear
 from tcompress.nn.kernel_layout import KernelWeight
+from tcompress.padding import Masks, counted, token_masks
 from tcompress.quantize import SCHEMES, Scheme
 from tcompress.recipe import Quantize, Recipe
 from tcompress.report.size import model_sizes
@@ -115,6 +116,9 @@ def mixed_precision(
         raise ValueError(message("mixed_precision", "budget", sorted(given) or "none", f"one of {sorted(budgets)}"))
     ((kind, budget),) = given.items()
     named = {name: None if name == FLOAT else Scheme.named(name) for name in schemes}
+    static = [name for name, scheme in named.items() if scheme is not None and scheme.static]
+    if static:
+        raise ValueError(message("mixed_precision", "schemes", static, "dynamic activations"))
     any_scheme = next(s for s in [*named.values(), SCHEMES["W8A8"]] if s)
     step = _step(any_scheme, targets=tuple(targets), ignore=tuple(ignore))
     matches = [m for m in match(model, Recipe(steps=(step,)))[0] if not isinstance(m.module, nn.Embedding)]
@@ -212,7 +216,7 @@ def _losses(
                     for i, loss in enumerate(_layer_losses(model, groups, scheme, samples)):
                         losses[i][name] = loss
             return losses
-        expected = [first_tensor(run(model, sample)) for sample in samples]
+        expected = [output_tokens(model, sample) for sample in samples]
         for i, group in enumerate(groups):
             for name, scheme in named.items():
                 if scheme is None:
@@ -222,14 +226,16 @@ def _losses(
                         stack.enter_context(forward_replaced(m.module, layer.forward))
                     for sample, target in zip(samples, expected, strict=True):
                         output = run(model, sample)
-                        losses[i][name] += _distance(output, first_tensor(output), target) / len(samples)
+                        losses[i][name] += _distance(output, token_masks(model, sample), target) / len(samples)
     return losses
 
 
-def _distance(output: Any, got: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+def _distance(output: Any, masks: Masks, expected: torch.Tensor | None) -> float:
+    got = first_tensor(output)
     if got is None or expected is None:
         raise ValueError(message("mixed_precision", "model", "no float tensor returned", "one", 'measure="layer"'))
     is_distribution = getattr(output, "logits", None) is got
+    got = counted(got, masks)
     if is_distribution:
         p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
         return float(F.kl_div(q, p, log_target=True, reduction="sum")) / max(p[..., 0].numel(), 1)
@@ -247,8 +253,9 @@ def _layer_losses(
             def compare(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, i: int = i, new: nn.Module = replacement
             ) -> None:
-                noise[i] += float((new(*args, **kwargs).double() - output.double()).square().sum())
-                signal[i] += float(output.double().square().sum())
+                got, expected = (counted(y).double() for y in (new(*args, **kwargs), output))
+                noise[i] += float((got - expected).square().sum())
+                signal[i] += float(expected.square().sum())
 
             stack.callback(m.module.register_forward_hook(compare, with_kwargs=True).remove)
         for sample in samples:

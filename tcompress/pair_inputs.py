@@ -48,7 +48,7 @@ def targets_of(work: Work, step: Smooth | AWQ, sample: Any, scheme_needed: bool)
     if quantized:
         rest = work.recipe.model_copy(update={"steps": tuple(quantized)})
         matches, _ = match(work.model, rest, required=False)
-        schemes = {m.module: m.scheme for m in matches if m.scheme is not None}
+        schemes = {m.module: m.step.scheme for m in matches if m.step.scheme is not None}
     names, head = module_names(work.model, {}), output_embeddings(work.model)
     pairs, skipped = find_pairs(work.model, sample)
     found = []

@@ -102,7 +102,7 @@ def search_ratios(
     expected: list[torch.Tensor | None] = []
     if sensitivity == "output":
         with calibrate.evaluating(model):
-            expected = [calibrate.first_tensor(calibrate.run(model, sample)) for sample in samples]
+            expected = [calibrate.output_tokens(model, sample) for sample in samples]
     for stage in _stages(model, layers, samples):
         for key, statistics in collect(stage, hessian=True).items():
             weight = linear_weight(layers[key][0][0]).detach()
@@ -215,7 +215,7 @@ def _run_with(model: nn.Module, modules: Sequence[nn.Module], weight: torch.Tens
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(forward_replaced(module, _linear(weight, module.bias)))
-        return calibrate.first_tensor(calibrate.run(model, sample))
+        return calibrate.output_tokens(model, sample)
 
 
 def _linear(weight: torch.Tensor, bias: Any) -> Any:

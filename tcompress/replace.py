@@ -57,7 +57,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
     else:
         bias = linear_bias(module) if match.bias is None else match.bias
         kernel = next((m.held_kernel for m in modules if m.held_kernel is not None), None)
-        replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel)
+        replacement = QuantizedLinear.from_packed(packed, bias, scheme, kernel=kernel, input_scale=match.input_scale)
     modules.append(replacement)
     share_kernel_layout(modules)
     if match.outliers is not None and isinstance(replacement, QuantizedLinear):

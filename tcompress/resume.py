@@ -106,6 +106,14 @@ class StageStore:
                 message("compress", "resume", f"{path}, damaged ({error})", "a whole file", hint)
             ) from error
 
+    def has(self, stage: str) -> bool:
+        """Whether something was kept of a stage."""
+        return self._path(stage).is_file()
+
+    def discard(self, stage: str) -> None:
+        """Forgets a stage."""
+        self._path(stage).unlink(missing_ok=True)
+
     def _path(self, stage: str) -> Path:
         return self.folder / f"{stage}.safetensors"
 

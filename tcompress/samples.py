@@ -14,6 +14,7 @@ from torch import nn
 from tcompress import calibrate
 from tcompress.activations import tensors_in
 from tcompress.errors import CompressionWarning, message
+from tcompress.padding import as_mask, named, pads
 
 #: Under these names configurations keep how many positions a model has.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
@@ -29,6 +30,9 @@ class Samples:
     positional argument has that of the model's forward), or holds nothing but that and zeros. Token ids [B, S] longer
     than the model has positions, or than `max_length`, are clipped to that, and every tensor [B, S] beside them with
     them; the tokens of an encoder and a decoder each by their own length S.
+    Padding counts in no statistics and no distance: what an attention mask [B, S] says is none of the text
+    (`padding.token_masks`). A sample whose mask leaves nothing is left out. Where a mask is of another kind, or token
+    ids hold the configuration's padding token and there is no mask, all tokens count, and `notes` says so.
     (Tokens with NaN or infinity inside of the model are left out layer by layer: `InputStatistics`.)
 
     Args:
@@ -58,21 +62,28 @@ class Samples:
         self._positions = min((limit for limit in limits if limit is not None), default=None)
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._accepted = _keywords_of(model)
-        self._read = self._left_out = self._clipped = 0
+        self._pad = _pad_of(model)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._read = self._left_out = self._clipped = self._hidden = self._other_masks = self._no_mask = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self._read = self._left_out = self._clipped = 0
+        self._reset()
         data = [self.data] if isinstance(self.data, str) else self.data
         for batch in calibrate.batches(data):
             for sample in self._tokenized(batch) if _is_text(batch) else (batch,):
                 self._read += 1
                 sample = self._short_enough(sample)
-                if self._is_usable(sample):
-                    yield sample
-                else:
+                if not self._is_usable(sample):
                     self._left_out += 1
-        if self._left_out == self._read:
+                elif self._is_hidden(sample):
+                    self._hidden += 1
+                else:
+                    yield sample
+        if self._left_out + self._hidden == self._read:
             got = f"{self._read} samples that are empty or hold NaN or infinity"
+            got += ", or are padding alone" if self._hidden else ""
             raise ValueError(message("compress", "data", got, "at least one without"))
 
     def read(self, where: str) -> list[Any]:
@@ -92,6 +103,14 @@ class Samples:
             )
         if self._clipped:
             found.append(f"{self._clipped} of {self._read} calibration samples clipped to {self._positions} tokens")
+        of = f"of {self._read} calibration samples"
+        if self._hidden:
+            found.append(f"{self._hidden} {of} left out: their attention mask leaves no token")
+        if self._other_masks:
+            what = "a mask that is not [B, S] of ones and zeros, named attention_mask"
+            found.append(f"{self._other_masks} {of} with {what}: all their tokens count")
+        if self._no_mask:
+            found.append(f"{self._no_mask} {of} with padding and no attention_mask: all their tokens count")
         return found
 
     def _tokenized(self, texts: Any) -> Iterator[Any]:
@@ -107,6 +126,19 @@ class Samples:
             return _usable(sample)
         names = self._parameters[: len(sample)]
         return all(_usable(item, name) for item, name in zip_longest(sample, names, fillvalue=""))
+
+    def _is_hidden(self, sample: Any) -> bool:
+        """Whether a mask hides all of a sample; takes down what no mask tells."""
+        given = named(sample, self._parameters)
+        masks = {name: value for name, value in given.items() if name.endswith(("attention_mask", "padding_mask"))}
+        masks = {name: value for name, value in masks.items() if isinstance(value, torch.Tensor)}
+        usable = {name: as_mask(value) for name, value in masks.items()}
+        if any(mask is None or name.endswith("padding_mask") for name, mask in usable.items()):
+            self._other_masks += 1
+        elif self._pad is not None and not masks:
+            tokens = (v for n, v in given.items() if n.endswith("input_ids") and isinstance(v, torch.Tensor))
+            self._no_mask += any(pads(ids, self._pad) for ids in tokens if ids.dim() == 2)
+        return any(n.endswith("attention_mask") and m is not None and not m.any() for n, m in usable.items())
 
     def _short_enough(self, sample: Any) -> Any:
         if self._positions is None:
@@ -135,6 +167,11 @@ def _reserved(model: nn.Module, positions: int) -> int:
         if isinstance(module, nn.Embedding) and "pos" in own and module.num_embeddings == positions:
             return 0 if module.padding_idx is None else module.padding_idx + 1
     return 0
+
+
+def _pad_of(model: nn.Module) -> int | None:
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
 
 
 def _length_of(tokenizer: Any) -> int | None:

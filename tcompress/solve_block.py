@@ -15,6 +15,7 @@ from tcompress.activations import Kept, copied, tensors_in
 from tcompress.blocks import forward_replaced
 from tcompress.calibrate import first_tensor
 from tcompress.layer_job import Job, Key, Solution
+from tcompress.padding import Masks, counted, running_masks
 from tcompress.quantize.autoround import RoundedWeight, autoround
 from tcompress.quantize.gptq import gptq_grid
 from tcompress.quantize.range_search import find_grid
@@ -32,6 +33,7 @@ class Calls:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._given = Kept(folder, f"calls-{id(self)}")
+        self._masks: list[Masks] = []
 
     def __len__(self) -> int:
         return len(self._given)
@@ -39,6 +41,7 @@ class Calls:
     def hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook, registered with_kwargs."""
         self._given[len(self._given)] = copied(args), copied(kwargs)
+        self._masks.append(running_masks())
 
     def output(self, block: nn.Module, call: int) -> torch.Tensor:
         """The first tensor that the block returns when it is called so again."""
@@ -47,6 +50,10 @@ class Calls:
         if output is None:
             raise ValueError(f"autoround: block: got {type(block).__name__}, expected one that returns a float tensor")
         return output
+
+    def masks(self, call: int) -> Masks:
+        """What of the tokens counted then."""
+        return self._masks[call]
 
 
 def solve_block(
@@ -83,7 +90,9 @@ def solve_block(
         def loss(values: Sequence[torch.Tensor], call: int) -> torch.Tensor:
             current.update(zip(keys, values, strict=True))
             expected = next(t for t in tensors_in(targets[call]) if t.is_floating_point())
-            return F.mse_loss(calls.output(block, call).float(), expected.float())
+            output = calls.output(block, call)
+            masks = calls.masks(call)
+            return F.mse_loss(counted(output, masks).float(), counted(expected, masks).float())
 
         iterations = jobs[0].quantize.iterations if jobs[0].quantize is not None else None
         assert iterations is not None

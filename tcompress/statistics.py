@@ -10,25 +10,27 @@ from torch import nn
 
 from tcompress.distances import sqnr_db
 from tcompress.errors import message
+from tcompress.padding import counted
 
 
 class InputStatistics:
     """Sums over the inputs x [K] of one linear layer, added batch by batch.
 
     Rows with a NaN, an infinity, or a sum of squares beyond float32 are left out and counted: one of them would spoil
-    every sum. Everything is accumulated in float32 on the device of the inputs.
+    every sum. Padding of the batch that `calibrate.run` is running is no input (`padding.counted`). Everything is
+    accumulated in float32 on the device of the inputs.
 
     Attributes:
         hessian: float32 [K, K], 2/n Σ x xᵀ: of ‖(W - Ŵ) X‖² / n with regard to a row of Ŵ. None if it was not wanted.
         count: n, how many inputs (tokens) are in the sums.
-        left_out: how many were not taken.
+        left_out: how many were not taken for what they hold. padding: how many the batch's mask leaves out.
         shift: float32 [K, K], 2/n Σ (x₀ - x) xᵀ with x₀ the original model's inputs, or None where they were not given.
         max_abs: float32 [K], max |x|.
         factors: of the Hessian's inverse, which algorithms leave here for the next layer with the same inputs.
     """
 
     def __init__(self, in_features: int, hessian: bool = True, device: torch.device | str | None = None) -> None:
-        self.count = self.left_out = 0
+        self.count = self.left_out = self.padding = 0
         self.hessian = torch.zeros(in_features, in_features, device=device) if hessian else None
         self.shift: torch.Tensor | None = None
         self.max_abs = torch.zeros(in_features, device=device)
@@ -49,10 +51,11 @@ class InputStatistics:
         k = self.max_abs.shape[0]
         if x.shape[-1:] != (k,):
             raise ValueError(message("InputStatistics", "x", list(x.shape), f"[..., {k}]"))
-        rows = x.detach().reshape(x.shape[:-1].numel(), k).float()
-        before = None if original is None else original.detach().reshape(-1, k).float()
-        if before is not None and before.shape != rows.shape:
-            raise ValueError(message("InputStatistics", "original", list(before.shape), list(rows.shape)))
+        if original is not None and original.shape != x.shape:
+            raise ValueError(message("InputStatistics", "original", list(original.shape), list(x.shape)))
+        rows = _rows(x)
+        before = None if original is None else _rows(original)
+        self.padding += x.shape[:-1].numel() - len(rows)
         squares = rows.square()
         finite = rows if before is None else rows + before
         # A row with NaN or infinity has a sum of squares that is one of them.
@@ -104,6 +107,12 @@ class InputStatistics:
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, registered with_kwargs: adds the input of each call."""
         self.add(args[0] if args else next(iter(kwargs.values())))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """float32 [M, K] of the tokens that count."""
+    x = counted(x.detach())
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).float()
 
 
 def checked_hessian(statistics: InputStatistics, in_features: int, where: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tcompress import attention_step, calibrate, memory, replace
 from tcompress.finetune_step import finetune, finetune_step
 from tcompress.fuse import fuse
 from tcompress.in_place import InPlace, with_solution
+from tcompress.input_scales import has_static, with_input_scales
 from tcompress.layer_report import NO_SPEEDUP, compressed_report, pruned_report, written_report
 from tcompress.match import match, unmatched
 from tcompress.match_attention import match_attention
@@ -100,7 +101,7 @@ def swap_layers(
             data = list(calibrate.batches(data))
             with calibrate.evaluating(model):
                 first = calibrate.reference(model, data[0])
-            if not attentions and tune is None:  # these look at the model as it was
+            if not attentions and tune is None and not has_static(matches):  # these look at the model as it was
                 early = InPlace(model, matches, cache, not_pruned)
         solved, data, solving = solve(
             model, recipe, matches, pruned, converted, data, progress, resume, inplace, max_memory, early
@@ -115,6 +116,10 @@ def swap_layers(
         matches = [with_solution(m, solved[m.module]) if m.module in solved else m for m in matches]
         notes += solving
         del solved
+    if has_static(matches):
+        data = None if data is None else list(calibrate.batches(data))
+        matches, fixing = with_input_scales(model, matches, converted, data)
+        notes += fixing
     tuned: list[LayerReport] = []
     if tune is not None:
         assert original is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,7 +14,9 @@ from tcompress.errors import message
 from tcompress.recipe import Distill, Finetune, Prune, Recipe, Transform
 from tcompress.replace import copied_model
 from tcompress.report.report import LayerReport
+from tcompress.resume import fingerprint
 from tcompress.swap_layers import swap_layers
+from tcompress.transform_store import TransformStore
 
 
 @dataclass
@@ -71,7 +74,12 @@ def has_transforms(recipe: Recipe) -> bool:
 
 
 def transform(
-    model: nn.Module, recipe: Recipe, data: Any, inplace: bool = False, progress: bool = False
+    model: nn.Module,
+    recipe: Recipe,
+    data: Any,
+    inplace: bool = False,
+    progress: bool = False,
+    resume: str | Path | None = None,
 ) -> tuple[Work, Recipe | None]:
     """Runs the transforms of a recipe in its order. Before a `Distill` step the `Prune` steps that stand before it are
     run too, by whatever algorithm: it trains the model that they leave.
@@ -79,13 +87,14 @@ def transform(
     Args:
         data: as for `compress`.
         inplace: change `model` itself instead of a copy.
+        resume: a folder that keeps the model after each transform; those that it has are not run again.
 
     Returns:
         The work done, with the new model, and the recipe of the other steps, None where there are no others.
 
     Raises:
-        ValueError: what the steps raise, or a model that cannot be copied. With `inplace` the model may then be
-            changed in part.
+        ValueError: what the steps raise, a model that cannot be copied, or a folder of another run. With `inplace` the
+            model may then be changed in part.
     """
     samples = None if data is None else list(calibrate.batches(data))
     teaches = any(isinstance(step, Distill | Finetune) for step in recipe.steps)
@@ -95,20 +104,32 @@ def transform(
     if samples is not None:
         with calibrate.evaluating(model):
             work.reference = calibrate.reference(model, samples[0])
+    store, finished = None, None
+    steps = [step for step in recipe.steps if isinstance(step, Transform)]
+    if resume is not None:
+        store = TransformStore(resume, fingerprint(model, recipe, samples or []), work.model)
+        finished = store.last(len(steps))
     done: list[Any] = []
-    for step in recipe.steps:
-        if isinstance(step, Transform):
-            if isinstance(step, Distill):
-                done += _pruned_before(work, step, done)
+    for number, step in enumerate(steps):
+        prunes = _prunes_before(recipe, step, done) if isinstance(step, Distill) else []
+        if finished is None or number > finished:
+            _prune(work, prunes)
             _RUN[type(step)](work, step)
-            done.append(step)
+            if store is not None:
+                store.save(number, work.model, work.notes, work.layers)
+        elif store is not None and number == finished:
+            work.notes, work.layers = store.load(number, work.model)
+        done += [*prunes, step]
     return work, rest_of(recipe, done)
 
 
-def _pruned_before(work: Work, distill: Distill, done: Sequence[Any]) -> list[Prune]:
-    """Runs the pruning steps that stand before a step and were not run yet."""
-    place = next(i for i, step in enumerate(work.recipe.steps) if step is distill)
-    prunes = [s for s in work.recipe.steps[:place] if isinstance(s, Prune) and not any(s is other for other in done)]
+def _prunes_before(recipe: Recipe, distill: Distill, done: Sequence[Any]) -> list[Prune]:
+    """The pruning steps that stand before a step and were not run yet."""
+    place = next(i for i, step in enumerate(recipe.steps) if step is distill)
+    return [s for s in recipe.steps[:place] if isinstance(s, Prune) and not any(s is other for other in done)]
+
+
+def _prune(work: Work, prunes: Sequence[Prune]) -> None:
     if prunes:
         alone = next(work.model.children(), None) is None  # a single layer cannot be replaced in its own place
         recipe = work.recipe.model_copy(update={"steps": tuple(prunes)})
@@ -116,7 +137,6 @@ def _pruned_before(work: Work, distill: Distill, done: Sequence[Any]) -> list[Pr
         work.model = swapped.model
         work.layers += swapped.layers
         work.notes += swapped.notes
-    return prunes
 
 
 def rest_of(recipe: Recipe, done: Sequence[Any]) -> Recipe | None:

@@ -66,12 +66,13 @@ def test_it_brings_the_outputs_back(llama, data):
     "steps",
     [
         [{"step": "quantize", "scheme": "W4A8-asym"}],
+        [{"step": "quantize", "scheme": "W8A8-static"}],
         [{"step": "prune", "pattern": "2:4", "algorithm": "sparsegpt"}, GPTQ],
         [{"step": "smooth"}, {"step": "quantize", "scheme": "W8A8", "outliers": 3}],
         [GPTQ, {"step": "quantize", "scheme": "W8A16", "targets": "Embedding"}],
         [{"step": "prune", "pattern": "1x4", "sparsity": 0.5}, {"step": "sparse", "targets": "*mlp*"}, GPTQ],
     ],
-    ids=["activations", "pruned", "outliers", "embedding", "sparse"],
+    ids=["activations", "static", "pruned", "outliers", "embedding", "sparse"],
 )
 def test_beside_other_steps(llama, data, steps):
     found = compress(llama, steps, data)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tcompress
-from tcompress import solve
+from tcompress import solve, transform
 from tcompress.errors import CompressionWarning
 
 GPTQ = {"step": "quantize", "scheme": "W4A16-g32", "algorithm": "gptq"}
@@ -24,10 +24,10 @@ BLOCKS = 4
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
 
     def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
+        return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Stack(nn.Module):
@@ -86,7 +86,13 @@ run.compressed(run.RECIPES[{name!r}], {str(tmp_path)!r})
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
 
 
-RECIPES = {"gptq": [GPTQ], "both": [SPARSEGPT, GPTQ], "floats": [SPARSEGPT], "autoround": [AUTOROUND]}
+RECIPES = {
+    "gptq": [GPTQ],
+    "both": [SPARSEGPT, GPTQ],
+    "floats": [SPARSEGPT],
+    "autoround": [AUTOROUND],
+    "transforms": [{"step": "smooth"}, {"step": "awq"}, GPTQ],
+}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,20 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, name, after, monkeypat
     if name != "autoround":  # whose layers are solved together
         assert len(solved) == 2 * BLOCKS + 1 - min(2 * after, 2 * BLOCKS + 1)
     same(result, compressed(RECIPES[name]))
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_run_with_transforms_that_was_killed_goes_on(tmp_path, after, monkeypatch):
+    """`test_resume_transforms` has more of them, without another process."""
+    killed(tmp_path, "transforms", after)
+    assert (tmp_path / f"transform-{min(after, 2) - 1}.safetensors").is_file()
+    assert len(list((tmp_path / "layers").glob("*.safetensors"))) == max(after - 2, 0)
+    ran = []
+    for kind, run in list(transform._RUN.items()):
+        monkeypatch.setitem(transform._RUN, kind, lambda work, step, run=run: ran.append(step.step) or run(work, step))
+    result = compressed(RECIPES["transforms"], tmp_path)
+    assert ran == ["smooth", "awq"][after:]
+    same(result, compressed(RECIPES["transforms"]))
 
 
 def test_a_finished_run_is_read_again(tmp_path, monkeypatch):

@@ -179,3 +179,38 @@ def test_compress_reads_text_and_warns():
             tokenizer=Tokenizer(),
         )
     assert result.report.output_cosine > 0.99
+
+
+def test_a_sample_that_a_mask_hides_is_left_out():
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    hidden = {**batch, "attention_mask": torch.zeros(1, 4, dtype=torch.bool)}
+    found, notes = read([batch, hidden])
+    assert len(found) == 1
+    assert notes == ["1 of 2 calibration samples left out: their attention mask leaves no token"]
+    with pytest.raises(ValueError, match="got 1 samples that are empty or hold NaN or infinity, or are padding alone"):
+        read([tuple(hidden.values())])
+    added = torch.zeros(1, 4)  # to scores: hides nothing
+    assert len(read([{**batch, "attention_mask": added}])[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "src_key_padding_mask"])
+def test_masks_that_do_not_say_which_tokens_count(name):
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), name: torch.ones(1, 1, 4, 4)}
+    _, notes = read([batch, {"input_ids": batch["input_ids"]}])
+    assert notes == [
+        "1 of 2 calibration samples with a mask that is not [B, S] of ones and zeros, named attention_mask: "
+        "all their tokens count"
+    ]
+    assert read({"input_ids": batch["input_ids"], "mask": torch.ones(4, 4)})[1] == []
+
+
+def test_padding_without_a_mask():
+    model = Model(positions=9)
+    model.config.pad_token_id = 0
+    rows = {"right": [5, 6, 0, 0], "left": [0, 0, 5, 6], "end": [5, 6, 7, 0], "none": [5, 0, 0, 6]}
+    ids = {name: torch.tensor([[1, 2, 3, 4], row]) for name, row in rows.items()}
+    for name, tokens in ids.items():
+        _, notes = read([tokens, {"input_ids": tokens}], model)
+        padded = "2 of 2 calibration samples with padding and no attention_mask: all their tokens count"
+        assert notes == ([padded] if name in ("left", "right") else []), name
+    assert read({"input_ids": ids["right"], "attention_mask": (ids["right"] != 0).long()}, model)[1] == []

@@ -35,7 +35,7 @@ void quantize_per_token(const QuantizePerTokenArgs& args, int num_threads) {
   parallel_tasks(threads, [&](int t) {
     const int64_t begin = args.m * t / threads, end = args.m * (t + 1) / threads;
     QuantizeRowArgs row{nullptr,    args.dtype, args.k, args.bits, args.symmetric,
-                        /*flip=*/0, nullptr,    args.k, nullptr,   nullptr};
+                        /*flip=*/0, nullptr,    args.k, nullptr,   nullptr,        args.fixed};
     for (int64_t i = begin; i < end; ++i) {
       row.x = static_cast<const char*>(args.x) + i * row_bytes;
       row.q = args.q + i * args.k;

@@ -1,5 +1,5 @@
-// Dynamic quantization of each row of x [M, K] to integers of at most 8 bits; the numbers are defined in
-// quantize_row.h.
+// Quantization of each row of x [M, K] to integers of at most 8 bits, by a range of its own or by one that is given;
+// the numbers are defined in quantize_row.h.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,12 @@
 #include "path_kind.h"
 
 namespace tcompress::cpu {
+
+// Known before the rows are.
+struct FixedScale {
+  float scale;
+  int32_t zero_point;  // 0 if symmetric
+};
 
 // One row. flip is XORed into each byte (0x80 turns signed into offset-128 unsigned); k_padded - k zero bytes follow.
 struct QuantizeRowArgs {
@@ -21,6 +27,7 @@ struct QuantizeRowArgs {
   int64_t k_padded;
   float* scale;
   int32_t* zero_point;
+  const FixedScale* fixed = nullptr;  // of all rows, or the row's own range decides
 };
 
 using QuantizeRow = void (*)(const QuantizeRowArgs&);
@@ -41,6 +48,7 @@ struct QuantizePerTokenArgs {
   uint8_t* q;           // [M, K]
   float* scale;         // [M]
   int32_t* zero_point;  // [M]
+  const FixedScale* fixed = nullptr;
 };
 
 void quantize_per_token(const QuantizePerTokenArgs& args, int num_threads);

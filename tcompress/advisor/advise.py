@@ -157,13 +157,13 @@ def _value(metric: Metric, model: nn.Module, name: str) -> float:
 
 def _cosine_to(model: nn.Module, samples: list[Any]) -> Metric:
     with calibrate.evaluating(model):
-        expected = [calibrate.first_tensor(calibrate.run(model, sample)) for sample in samples]
+        expected = [calibrate.output_tokens(model, sample) for sample in samples]
 
     def metric(other: nn.Module) -> float:
         found = []
         with calibrate.evaluating(other):
             for sample, before in zip(samples, expected, strict=True):
-                got = calibrate.first_tensor(calibrate.run(other, sample))
+                got = calibrate.output_tokens(other, sample)
                 if before is None or got is None or got.shape != before.shape:
                     return math.nan
                 found.append(distances.cosine(got, before))

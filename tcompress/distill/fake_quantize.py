@@ -11,7 +11,9 @@ from torch import nn
 from tcompress.distill.effective import Effective, TensorMap, straight_through
 from tcompress.match import Match, match
 from tcompress.ops.quantize_per_token import quantize
+from tcompress.ops.quantize_static import quantize_static
 from tcompress.quantize import QuantArgs, round_to_nearest
+from tcompress.quantize.observers import InputScale
 from tcompress.quantize.range_search import Range
 from tcompress.recipe import Quantize, Recipe, Sparse
 
@@ -28,9 +30,16 @@ def fake_quantize_weight(weight: torch.Tensor, args: QuantArgs, range: Range = "
     return straight_through(weight, round_to_nearest(weight.detach(), args, range=range).dequantize(weight.dtype))
 
 
-def fake_quantize_input(x: torch.Tensor, args: QuantArgs) -> torch.Tensor:
-    """The same for a layer's input [..., K], by `ops.quantize_per_token`, the quantization that its kernels apply."""
-    q, scale, zero_point = quantize(x.detach(), args.bits, args.symmetric)
+def fake_quantize_input(x: torch.Tensor, args: QuantArgs, fixed: InputScale | None = None) -> torch.Tensor:
+    """The same for a layer's input [..., K], by `ops.quantize_per_token`, the quantization that its kernels apply,
+    or by a scale that data fixed: what that clips keeps its gradient too."""
+    if fixed is None:
+        q, scale, zero_point = quantize(x.detach(), args.bits, args.symmetric)
+    else:
+        scale = torch.tensor(fixed.scale, device=x.device)
+        zero = fixed.zero_point
+        held = None if zero is None else torch.tensor(zero, dtype=torch.int32, device=x.device)
+        q, scale, zero_point = quantize_static(x.detach(), scale, held, args.bits, args.symmetric)
     return straight_through(x, ((q - zero_point) * scale).to(x.dtype))
 
 
@@ -54,6 +63,8 @@ def simulated(model: nn.Module, recipe: Recipe) -> tuple[dict[nn.Module, Effecti
         isinstance(step, Quantize) and step.needs_data for step in steps
     ):  # then there are statistics, by which the search of a range weighs errors
         by_data.append("the inputs' weight in range mse")
+    if any(step.scheme is not None and step.scheme.static for step in steps):
+        notes.append("training simulated a scale for each token; data then fixed one for all")
     if by_data:
         notes.append(f"training did not simulate {', '.join(by_data)}, which data decide afterwards")
     return {m.module: _effective(m) for m in matches if m.scheme is not None}, notes

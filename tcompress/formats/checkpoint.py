@@ -141,6 +141,32 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             hint = "only Hugging Face models can be built from a checkpoint"
             raise ValueError(message("load", "model", None, "a model of the original architecture", hint))
         model = new_model(metadata.transformers).eval()
+    _put(model, state, metadata, folder)
+    disable_torch_fast_path(model)
+    fuse(model)
+    return model
+
+
+def content_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint would hold of a model, compressed or not: tensors, and a description that JSON can hold."""
+    tensors, aliases = _unique_tensors(model)
+    modules, structure = _describe_modules(model), describe_structure(model)
+    metadata = Metadata(tensors="", tensors_bytes=0, modules=modules, aliases=aliases, structure=structure)
+    return tensors, metadata.model_dump(mode="json")
+
+
+def put_content(model: nn.Module, tensors: dict[str, torch.Tensor], content: dict[str, Any], where: str) -> None:
+    """Makes of a model of the original architecture the one that `content_of` was given, in place.
+
+    Raises:
+        ValueError: they do not fit; the message names `where`. The model is then unchanged.
+    """
+    metadata = Metadata.model_validate(content)
+    state = tensors | {key: tensors[target] for key, target in metadata.aliases.items()}
+    _put(model, state, metadata, Path(where))
+
+
+def _put(model: nn.Module, state: dict[str, torch.Tensor], metadata: Metadata, folder: Path) -> None:
     undo = restore(model, metadata.structure)
     try:
         replacements, attentions = _build_modules(metadata, model)
@@ -152,7 +178,6 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     _install(model, replacements, state, filled, metadata)
     if attentions:
         attach(model, attentions)
-    return model
 
 
 def _is_compressed(module: nn.Module) -> bool:
@@ -368,5 +393,3 @@ def _install(
         if key in metadata.buffer_dtypes:
             parent, _, child = key.rpartition(".")
             model.get_submodule(parent)._buffers[child] = buffer.to(DTYPES[metadata.buffer_dtypes[key]])
-    disable_torch_fast_path(model)
-    fuse(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
 from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
 from tcompress.packing import PackedWeight
+from tcompress.quantize.observers import InputScale
 from tcompress.quantize.rtn import round_to_nearest
 from tcompress.quantize.scheme import Scheme
 from tcompress.weights import linear_bias, linear_weight
@@ -24,16 +26,20 @@ from tcompress.weights import linear_bias, linear_weight
 
 class QuantizedLinear(PackedModule):
     """`y = activation(x Wᵀ + b)` with an int8 weight and activations quantized per token on the way in
-    (`ops.int8_linear`), or with an int4 weight and activations quantized or not (`ops.int4_linear`).
+    (`ops.int8_linear`), or by one scale that is fixed (`ops.quantize_static`, `ops.int8_linear_quantized`), or with an
+    int4 weight and activations quantized or not (`ops.int4_linear`).
 
     Called like `torch.nn.Linear`; inference only. The state dict holds `weight_packed` (int8 [N, K], or uint8
     [N, ceil(K/2)] with two integers a byte), `weight_scale` ([N], or [N, ceil(K/g)]), `weight_zero_point` if the scheme
-    has them, and `bias`. In memory a weight is held once: where a CPU kernel runs, in the layout that it reads.
+    has them, `bias`, and with a static scheme `input_scale` (float32 []) and, where it is asymmetric,
+    `input_zero_point` (int32 []). In memory a weight is held once: where a CPU kernel runs, in the layout that it
+    reads.
 
     Args:
         in_features: K. out_features: N.
         bias: whether there is one.
-        scheme: W8A8, W8A7, W7A7, W4A8-g32, W4A16-g128 or another `Scheme`; a weight-only one has 4-bit weights.
+        scheme: W8A8, W8A7, W7A7, W8A8-static, W4A8-g32, W4A16-g128 or another `Scheme`; a weight-only one has 4-bit
+            weights. The scale of a static one is 1 until it is set.
         dtype: type of the bias.
         activation: applied to the result inside the kernel: "none", "relu", "gelu", "gelu_tanh", "silu".
 
@@ -65,9 +71,14 @@ class QuantizedLinear(PackedModule):
         self._act_bits = scheme.activations.bits if scheme.activations else None
         self._act_symmetric = scheme.activations.symmetric if scheme.activations else True
         self._int4 = scheme.weights.bits <= 4
+        self._static = scheme.static
+        if self._static:
+            self.register_buffer("input_scale", torch.ones((), dtype=torch.float32, device=device))
+            zero = None if self._act_symmetric else torch.zeros((), dtype=torch.int32, device=device)
+            self.register_buffer("input_zero_point", zero)
         args = scheme.weights  # in plain values, which torch.compile can compare
         weights = (args.bits > 4, args.group_size, args.symmetric, args.scale_dtype)
-        self._kind = (in_features, self._act_bits, self._act_symmetric, *weights)
+        self._kind = (in_features, self._act_bits, self._act_symmetric, self._static, *weights)
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias = nn.Parameter(zeros, requires_grad=False)
@@ -82,29 +93,47 @@ class QuantizedLinear(PackedModule):
         scheme: Scheme,
         dtype: torch.dtype | None = None,
         kernel: KernelWeight | None = None,
+        input_scale: InputScale | None = None,
     ) -> QuantizedLinear:
         """A module around an already quantized weight.
 
         Args:
             kernel: the weight in the kernel layout, if it was derived before; else it is derived here.
+            input_scale: of a static scheme, and only of one.
+
+        Raises:
+            ValueError: a static scheme without a scale, or the other way round.
         """
+        if scheme.static != (input_scale is not None):
+            got, expected = ("none", "one") if scheme.static else ("one", "none")
+            raise ValueError(message("QuantizedLinear", "input_scale", got, f"{expected}, for {scheme.name}"))
         n, k = packed.shape
         module = cls(k, n, bias is not None, scheme, device="meta", dtype=dtype)
         module._hold(packed, kernel)
+        if input_scale is not None:
+            device = packed.scale.device
+            module.input_scale = torch.tensor(input_scale.scale, dtype=torch.float32, device=device)
+            if input_scale.zero_point is not None:
+                module.input_zero_point = torch.tensor(input_scale.zero_point, dtype=torch.int32, device=device)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return module
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme = "W8A8") -> QuantizedLinear:
+    def from_linear(
+        cls, linear: nn.Linear, scheme: str | Scheme = "W8A8", input_scale: InputScale | None = None
+    ) -> QuantizedLinear:
         """Quantizes a linear layer by rounding to nearest.
 
+        Args:
+            input_scale: of a static scheme, and only of one.
+
         Raises:
-            ValueError: the weight holds NaN or infinity.
+            ValueError: the weight holds NaN or infinity; a static scheme without a scale, or the other way round.
         """
         scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
         packed = round_to_nearest(linear_weight(linear), scheme.weights)
-        module = cls.from_packed(packed, linear_bias(linear), scheme)
+        module = cls.from_packed(packed, linear_bias(linear), scheme, input_scale=input_scale)
         return module.train(linear.training)
 
     @property
@@ -127,6 +156,8 @@ class QuantizedLinear(PackedModule):
             if residual is not None:
                 check_residual("int8_linear", residual, input, self.out_features, None)
             held = self._buffers
+            if self._static:
+                return self._static_forward(input, residual)
             y: torch.Tensor = backend.call(
                 "int8_linear",
                 input,
@@ -156,6 +187,33 @@ class QuantizedLinear(PackedModule):
             residual=residual,
         )
 
+    def _static_forward(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        held = self._buffers
+        fixed = (held["input_scale"], held["input_zero_point"], self._act_bits, self._act_symmetric)
+        q, scale, zero_point = backend.call("quantize_static", input, *fixed)
+        y: torch.Tensor = backend.call(
+            "int8_linear_quantized",
+            q,
+            scale,
+            zero_point,
+            held["qdata"],
+            held["scale"],
+            self._parameters["bias"],
+            held["kernel_weight"],
+            self._applied_activation,
+            input.dtype,
+            residual,
+        )
+        return y
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+        before = self._buffers.get("input_scale")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("input_scale")
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.input_scale = before.to(after.device)  # .half() and .bfloat16() must not round it
+        return self
+
     @property
     def _applied_activation(self) -> str:
         return self.activation if self.fused_activation == "none" else self.fused_activation
@@ -181,6 +239,7 @@ class QuantizedLinear(PackedModule):
 
 def multi_linear(input: torch.Tensor, layers: Sequence[QuantizedLinear], gated: bool = False) -> list[torch.Tensor]:
     """Several layers of one scheme over one input, which is quantized once: `[layer(input) for layer in layers]`.
+    Static ones, whose scales may differ, are called one after the other.
 
     Args:
         input: [..., K].
@@ -197,6 +256,9 @@ def multi_linear(input: torch.Tensor, layers: Sequence[QuantizedLinear], gated: 
         raise ValueError(message("multi_linear", "layers", [repr(m) for m in layers], "one scheme and one activation"))
     if input.shape[-1:] != (first.in_features,):
         raise ValueError(message("multi_linear", "input", list(input.shape), f"[..., {first.in_features}]"))
+    if first._static:
+        outputs: list[torch.Tensor] = [layer(input) for layer in layers]
+        return [outputs[0] * outputs[1]] if gated else outputs
     weights, biases, kernels = [m.qdata for m in layers], [m.bias for m in layers], [m.kernel_weight for m in layers]
     symmetric, activation = first._act_symmetric, first._applied_activation
     if not first._int4:

@@ -322,6 +322,6 @@ class SparseLinear(nn.Module):
 
 def _check_scheme(scheme: Scheme) -> None:
     """Raises unless a sparse layer computes it."""
-    if scheme.weights.bits <= 4 or scheme.activations is None:
-        expected = "5 to 8 bits for weights and quantized activations"
+    if scheme.weights.bits <= 4 or scheme.activations is None or scheme.static:
+        expected = "5 to 8 bits for weights and activations quantized per token"
         raise ValueError(message("SparseLinear", "scheme", scheme.name, expected))

@@ -17,6 +17,7 @@ from tcompress.ops.int8_unpack import int8_unpack
 from tcompress.ops.kv_cache_append import kv_cache_append
 from tcompress.ops.kv_cache_attention import kv_cache_attention
 from tcompress.ops.quantize_per_token import quantize_per_token
+from tcompress.ops.quantize_static import quantize_static
 from tcompress.ops.quantized_attention import int8_attention, quantized_attention
 from tcompress.ops.quantized_attention_varlen import int8_attention_varlen, quantized_attention_varlen
 from tcompress.ops.short_attention import short_attention
@@ -44,6 +45,7 @@ __all__ = [
     "kv_cache_append",
     "kv_cache_attention",
     "quantize_per_token",
+    "quantize_static",
     "quantized_attention",
     "quantized_attention_varlen",
     "short_attention",

@@ -11,6 +11,7 @@ from torch import nn
 
 from tcompress import calibrate
 from tcompress.channels import Group
+from tcompress.padding import Masks, counted, token_masks
 from tcompress.weights import linear_weight
 
 
@@ -76,7 +77,7 @@ def taylor_importance(
             hook = _scaled(factor, group.inputs.to(weight.device))
             stack.callback(group.consumer.register_forward_pre_hook(hook).remove)
         for sample in samples:
-            loss = _loss(calibrate.run(model, sample), generator)
+            loss = _loss(calibrate.run(model, sample), token_masks(model, sample), generator)
             for sums, gradient in zip(total, torch.autograd.grad(loss, factors, allow_unused=True), strict=True):
                 if gradient is not None:
                     sums += gradient.abs().double().cpu()
@@ -90,12 +91,13 @@ def _scaled(factor: torch.Tensor, inputs: torch.Tensor) -> Any:
     return hook
 
 
-def _loss(output: Any, generator: torch.Generator) -> torch.Tensor:
+def _loss(output: Any, masks: Masks, generator: torch.Generator) -> torch.Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else None
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         return loss
     tensor = calibrate.first_tensor(output)
     assert tensor is not None
+    tensor = counted(tensor, masks)
     signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
     return (tensor * signs).sum() / tensor.numel() ** 0.5
 
@@ -112,6 +114,7 @@ class BlockInfluence:
         got = calibrate.first_tensor(output)
         if given is None or got is None or given.shape != got.shape:
             return
+        given, got = counted(given), counted(got)
         cosine = nn.functional.cosine_similarity(given.float(), got.float(), dim=-1).double()
         good = cosine[torch.isfinite(cosine)]
         self.total += float((1 - good).sum())

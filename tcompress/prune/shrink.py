@@ -16,6 +16,7 @@ from tcompress.block_walk import Stage, collect, walk
 from tcompress.channels import Found, Group, find_groups, is_plain_linear, moved
 from tcompress.errors import message
 from tcompress.match import Skip, any_matches, ignored, module_names, output_embeddings
+from tcompress.padding import counted
 from tcompress.prune.config import fit_sizes
 from tcompress.prune.drop_layers import drop_layers
 from tcompress.prune.importance import activation_importance, taylor_importance, weight_importance
@@ -200,6 +201,7 @@ class _Energy:
     def _hook(self, module: nn.Module, args: object, output: object) -> None:
         tensor = calibrate.first_tensor(output)
         if tensor is not None and tensor.dim():
+            tensor = counted(tensor)
             self.total += float(tensor.float().nan_to_num(0, 0, 0).square().sum())
             self.tokens += tensor.shape[:-1].numel()
 

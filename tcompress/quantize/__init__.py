@@ -3,6 +3,17 @@
 from tcompress.quantize.gptq import gptq
 from tcompress.quantize.hqq import hqq
 from tcompress.quantize.rtn import round_to_nearest
-from tcompress.quantize.scheme import SCHEMES, PerChannel, PerGroup, PerToken, QuantArgs, Scheme
+from tcompress.quantize.scheme import SCHEMES, PerChannel, PerGroup, PerTensor, PerToken, QuantArgs, Scheme
 
-__all__ = ["SCHEMES", "PerChannel", "PerGroup", "PerToken", "QuantArgs", "Scheme", "gptq", "hqq", "round_to_nearest"]
+__all__ = [
+    "SCHEMES",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantArgs",
+    "Scheme",
+    "gptq",
+    "hqq",
+    "round_to_nearest",
+]

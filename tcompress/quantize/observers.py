@@ -1,26 +1,45 @@
 """Observers: the range of a tensor that comes batch by batch, for scales that are fixed in advance.
 
-Activations of the schemes here have a scale for each token, found as they come (`ops.quantize_per_token`), and need no
-observer; ranges of weights are `range_search`. These are for scales that calibration data fix.
+Activations have a scale for each token, found as they come (`ops.quantize_per_token`), and need no observer, unless the
+scheme is static (`input_scales`); ranges of weights are `range_search`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from tcompress.errors import message
 
+#: By which a step may name an observer.
+ObserverName = Literal["minmax", "percentile", "mse", "moving_average"]
 _BINS = 4096
 _CANDIDATES = 100
 
 
+@dataclass(frozen=True)
+class InputScale:
+    """What quantizes the inputs of a layer whose activations are static: `x ≈ (q - zero_point) * scale`.
+
+    Attributes:
+        scale: positive. zero_point: None if symmetric.
+        lo, hi: the range that was observed.
+    """
+
+    scale: float
+    zero_point: int | None
+    lo: float
+    hi: float
+
+
 class Observer(ABC):
-    """Collects a range. Values that are NaN or infinite are left out and counted in `left_out`."""
+    """Collects a range of `count` values. Those that are NaN or infinite are left out and counted in `left_out`."""
 
     def __init__(self) -> None:
-        self.left_out = 0
+        self.count = self.left_out = 0
 
     def observe(self, x: torch.Tensor) -> None:
         """Adds a batch, any float type and shape."""
@@ -28,6 +47,7 @@ class Observer(ABC):
         finite = torch.isfinite(values)
         good = int(finite.count_nonzero())
         self.left_out += values.numel() - good
+        self.count += good
         if good:
             self._add(values if good == values.numel() else values[finite])
 
@@ -53,6 +73,13 @@ class Observer(ABC):
 
     def _nothing(self) -> ValueError:
         return ValueError(message(type(self).__name__, "range", "no finite values", "at least one, to observe"))
+
+
+def observer(name: ObserverName, bits: int, symmetric: bool) -> Observer:
+    """The observer called "minmax", "percentile" (99.9), "mse" or "moving_average" (0.9), for integers of this kind."""
+    if name == "mse":
+        return MseObserver(bits, symmetric)
+    return {"minmax": MinMaxObserver, "percentile": PercentileObserver, "moving_average": MovingAverageObserver}[name]()
 
 
 class MinMaxObserver(Observer):

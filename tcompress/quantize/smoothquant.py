@@ -40,13 +40,15 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | N
 
     Args:
         x: [M, K]. weight: [N, K]. scales: [K], or None for 1.
-        scheme: weights are rounded to nearest, activations per token; left alone where the scheme does.
+        scheme: weights are rounded to nearest, activations per token, or all by the range of these where it is static;
+            left alone where the scheme does.
     """
     x, weight = x.float(), weight.detach().float()
     divided, scaled = (x, weight) if scales is None else (x / scales, weight * scales)
     if scheme.activations is not None:
-        q, step, zero = quantize_per_token(divided, scheme.activations.bits, scheme.activations.symmetric)
-        divided = (q.float() - zero) * step
+        together = divided.reshape(1, -1) if scheme.static else divided
+        q, step, zero = quantize_per_token(together, scheme.activations.bits, scheme.activations.symmetric)
+        divided = ((q.float() - zero) * step).view_as(divided)
     rounded = round_to_nearest(scaled, scheme.weights).dequantize()
     return float((F.linear(divided, rounded) - F.linear(x, weight)).double().square().sum())
 

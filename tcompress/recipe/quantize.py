@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tcompress.ops.attention_options import auto_bits
+from tcompress.quantize.observers import ObserverName
 from tcompress.quantize.scheme import Scheme
 from tcompress.recipe.step import Step
 
@@ -35,6 +36,8 @@ class Quantize(Step):
 
     Attributes:
         scheme: a name ("W8A8", "W8A7", "W7A7"; "W8A16" for embeddings) or a `Scheme`.
+        observer: of a static scheme ("W8A8-static"): how the range of a layer's inputs is taken from the data
+            (`quantize.observers`): "minmax", "percentile", "mse" or "moving_average"; "mse" by default.
         algorithm: how a scheme's integers are found (`tcompress.quantize`): "rtn", to the nearest; "hqq", on a grid for
             sparse errors; "gptq", which makes up for the errors by the inputs of the layer; "autoround", which learns
             the rounding of a whole block. The latter two need data, and embeddings have no such inputs.
@@ -62,6 +65,7 @@ class Quantize(Step):
     scheme: Scheme | None = Field(None, validate_default=True)
     targets: tuple[str, ...] = ()  # both have defaults by the kind of step: _DEFAULTS
     ignore: tuple[str, ...] = ()
+    observer: ObserverName | None = None
     algorithm: Literal["rtn", "hqq", "gptq", "autoround"] | None = None
     range: Literal["minmax", "percentile", "mse"] | None = None
     sweeps: int | None = Field(None, ge=0)
@@ -116,6 +120,16 @@ class Quantize(Step):
         if (self.bias_correction or self.outliers is not None) and self.algorithm in (None, "autoround"):
             named = self.algorithm or "attention"
             raise ValueError(f"got {named} with bias_correction or outliers, expected rtn, hqq or gptq with these")
+        return self
+
+    @model_validator(mode="after")
+    def _of_static(self) -> Quantize:
+        static = self.scheme is not None and self.scheme.static
+        if self.observer is not None and not static:
+            named = "attention" if self.scheme is None else self.scheme.name
+            raise ValueError(f"got observer with {named}, expected it with a static scheme only (W8A8-static)")
+        if static and self.observer is None:
+            object.__setattr__(self, "observer", "mse")  # frozen
         return self
 
     @field_validator("min_cosine")

@@ -36,4 +36,6 @@ class Sparse(Step):
     def _eight_bits(cls, value: Scheme | None) -> Scheme | None:
         if value is not None and (value.weights.bits <= 4 or value.activations is None):
             raise ValueError(f"got {value.name}, expected 5 to 8 bits for weights and quantized activations, or none")
+        if value is not None and value.static:
+            raise ValueError(f"got {value.name}, expected dynamic activations: sparse kernels quantize each token")
         return value

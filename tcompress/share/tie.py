@@ -162,7 +162,7 @@ def _output_error(work: Work, samples: list[Any]) -> _Error:
     expected: list[torch.Tensor | None] = []
     with calibrate.evaluating(work.original):
         for sample in samples:
-            expected.append(calibrate.first_tensor(calibrate.run(work.original, sample)))
+            expected.append(calibrate.output_tokens(work.original, sample))
     if all(output is None for output in expected):
         raise ValueError(message("compress", "data", "outputs without a float tensor", "one to compare", "init: mean"))
 
@@ -170,7 +170,7 @@ def _output_error(work: Work, samples: list[Any]) -> _Error:
         noise = signal = 0.0
         with calibrate.evaluating(work.model):
             for sample, output in zip(samples, expected, strict=True):
-                got = calibrate.first_tensor(calibrate.run(work.model, sample))
+                got = calibrate.output_tokens(work.model, sample)
                 if got is not None and output is not None:
                     noise += float((got.double() - output.double()).square().sum())
                     signal += float(output.double().square().sum())

@@ -376,6 +376,13 @@ def _quantize_samples() -> Iterator[tuple[Any, ...]]:
         yield (_normal(2, 0, torch.float32).view(1, 2, 0), bits, symmetric)
 
 
+def _static_samples() -> Iterator[tuple[Any, ...]]:
+    for x, bits, symmetric in _quantize_samples():
+        zero_point = None if symmetric else torch.tensor(40, dtype=torch.int32)
+        yield (x, torch.tensor(0.02), zero_point, bits, symmetric)
+        yield (x, torch.tensor([0.02]), None if zero_point is None else zero_point[None], bits, symmetric)
+
+
 def _multi_samples(bits: int) -> Iterator[tuple[Any, ...]]:
     """A linear op's samples with two parts alike."""
     samples = _linear_samples() if bits == 8 else _int4_linear_samples()
@@ -405,6 +412,7 @@ def _quantized_samples() -> Iterator[tuple[Any, ...]]:
 
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantize_per_token": tuple(_quantize_samples()),
+    "quantize_static": tuple(_static_samples()),
     "int8_prepack": tuple((random_weight(n, k),) for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33))),
     "int8_unpack": tuple(_int8_unpack_samples()),
     "int8_linear": tuple(_linear_samples()),

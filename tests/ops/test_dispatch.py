@@ -47,6 +47,7 @@ def test_opcheck(op, i):
     "op",
     [
         "quantize_per_token",
+        "quantize_static",
         "int8_linear",
         "int4_linear",
         "int8_multi_linear",
@@ -128,6 +129,7 @@ def test_backward_raises(backend):
     with use_backend(backend):
         results = {
             "quantize_per_token": ops.quantize_per_token(x)[1],
+            "quantize_static": ops.quantize_static(x, torch.tensor(0.1))[1],
             "int8_linear": ops.int8_linear(X, WEIGHT, SCALE, bias),
             "int8_linear_requantize": ops.int8_linear_requantize(X, WEIGHT, SCALE, bias)[1],
             "int8_linear_quantized": ops.int8_linear_quantized(*ops.quantize_per_token(X), WEIGHT, SCALE, bias),

@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from tcompress import QuantArgs, Scheme
-from tcompress.quantize import SCHEMES, PerChannel, PerGroup, PerToken
+from tcompress.quantize import SCHEMES, PerChannel, PerGroup, PerTensor, PerToken
 
 WEIGHTS = QuantArgs(bits=8)
 #: By name: bits of the weights, bits and symmetry of the activations.
@@ -13,6 +13,7 @@ TABLE = {
     "W6A7": (6, 7, False),
     "W8A16": (8, None, None),
 }
+STATIC = ["W8A8-static", "W8A7-static", "W7A7-static", "W6A7-static"]
 INT4 = [f"W4{a}{g}{z}" for a in ("A8", "A7", "A16") for g in ("", "-g32", "-g64", "-g128") for z in ("", "-asym")]
 
 
@@ -33,7 +34,31 @@ def test_named(name):
 
 
 def test_the_table_is_complete():
-    assert set(SCHEMES) == {*TABLE, *INT4}
+    assert set(SCHEMES) == {*TABLE, *STATIC, *INT4}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static(name):
+    scheme, dynamic = Scheme.named(name), Scheme.named(name.removesuffix("-static"))
+    assert scheme.name == name
+    assert scheme.static
+    assert not dynamic.static
+    assert scheme.weights == dynamic.weights
+    assert scheme.with_dynamic_activations() == dynamic == dynamic.with_dynamic_activations()
+    of = {"bits": dynamic.activations.bits, "symmetric": dynamic.activations.symmetric}
+    assert scheme.activations == QuantArgs(**of, granularity=PerTensor(), dynamic=False)
+
+
+def test_static_eight_bits_of_this_machine():
+    assert Scheme.named("int8-static").with_dynamic_activations() == Scheme.named("int8")
+
+
+def test_static_schemes_that_nothing_computes():
+    fixed = activations(dynamic=False, granularity=PerTensor())
+    with pytest.raises(ValueError, match="Scheme: activations: got static, expected dynamic, per token; no kernel"):
+        Scheme(weights=QuantArgs(bits=4), activations=fixed)
+    with pytest.raises(ValueError, match="Scheme: weights: got .*, expected static, per channel"):
+        Scheme(weights=QuantArgs(granularity=PerTensor()), activations=fixed)
 
 
 @pytest.mark.parametrize("name", INT4)
@@ -52,7 +77,9 @@ def test_named_int4(name):
 
 @pytest.mark.parametrize("name", ["W4A4", "w8a8", "", "W8A8 "])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match=r"Scheme: name: got .*, expected one of \['W4A16', .*'W7A7', .*'W8A8'\]"):
+    with pytest.raises(
+        ValueError, match=r"Scheme: name: got .*, expected one of \['W4A16', .*'W7A7', .*'W8A8-static'\]"
+    ):
         Scheme.named(name)
 
 
@@ -77,7 +104,7 @@ def test_weights_that_nothing_computes(weights):
         Scheme(weights=QuantArgs(**weights))
 
 
-@pytest.mark.parametrize("changes", [{"dynamic": False}, {"granularity": PerChannel()}])
+@pytest.mark.parametrize("changes", [{"dynamic": False}, {"granularity": PerChannel()}, {"granularity": PerTensor()}])
 def test_activations_that_nothing_computes(changes):
     with pytest.raises(ValueError, match=r"Scheme: activations: got .*, expected dynamic, per token"):
         Scheme(weights=WEIGHTS, activations=activations(**changes))
@@ -117,7 +144,7 @@ def test_frozen_and_hashable():
     assert {scheme: 1}[Scheme(weights=QuantArgs(), activations=activations())] == 1
 
 
-@pytest.mark.parametrize("name", [*TABLE, *INT4])
+@pytest.mark.parametrize("name", [*TABLE, *STATIC, *INT4])
 def test_json_round_trip(name):
     scheme = Scheme.named(name)
     assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
