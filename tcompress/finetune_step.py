@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -83,7 +84,11 @@ def finetune(
         step.integer_rate,
     )
     effective = _effective(student, matches, pruned, trained, constraint)
-    checkpoint = step.checkpoint or (None if resume is None else str(Path(resume) / "finetune"))
+    settings = step.model_dump(mode="json", exclude={"checkpoint", "eval_every", "save_every"})
+    checkpoint = step.checkpoint
+    if checkpoint is None and resume is not None:  # of each step that was tried, one
+        named = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        checkpoint = str(Path(resume) / f"finetune-{named}")
     with ExitStack() as stack:
         stack.enter_context(training_modes(student, teacher, [], step.dropout))
         stack.enter_context(computing_with(effective))
@@ -94,11 +99,11 @@ def finetune(
             module,
             list(samples),
             step.training,
-            parameters=list(module.learned.parameters()),
+            parameters=[*module.learned.parameters(), *constraint.parameters()],
             constraints=[constraint],
             checkpoint=checkpoint,
             fingerprint={
-                "finetune": step.model_dump(mode="json", exclude={"checkpoint", "eval_every", "save_every"}),
+                "finetune": settings,
                 "model": digest(model),
                 "integers": _digest_of(trained.values()),
                 "batches": len(samples),

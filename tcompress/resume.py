@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tcompress.errors import message
-from tcompress.recipe import Recipe
+from tcompress.recipe import Finetune, Recipe
 
 #: The folder's format; raised when an old folder would be read differently.
 VERSION = 1
@@ -25,9 +25,11 @@ _RUN = "run.json"
 def fingerprint(model: nn.Module, recipe: Recipe, samples: Sequence[Any]) -> str:
     """A digest of all that a run's results follow from: the model's weights, the recipe, the data, torch's version.
 
+    A `Finetune` step comes after all that is kept here, and may be another one when the run is taken up.
     The number of threads is not in it, though the last bits of floating-point sums may depend on it.
     """
     digest = hashlib.blake2b(digest_size=20)
+    recipe = recipe.model_copy(update={"steps": tuple(s for s in recipe.steps if not isinstance(s, Finetune))})
     for part in (VERSION, torch.__version__, type(model).__qualname__, recipe.to_yaml()):
         digest.update(f"{part}\n".encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

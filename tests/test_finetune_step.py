@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on(llama, data, tmp_path):
             compress(llama, [GPTQ, step], data, resume=tmp_path)
     finally:
         trainer._Run.step = kept
-    assert (tmp_path / "finetune").is_dir()
+    assert len(list(tmp_path.glob("finetune-*"))) == 1
     assert torch.equal(compress(llama, [GPTQ, step], data, resume=tmp_path).model(**data[0]).logits, expected)
 
 

@@ -71,7 +71,8 @@ def train(
     Args:
         module: `module(batch)` gives losses by name, scalars.
         data: as for `Batches`.
-        parameters: which are trained, of the module; those of the constraints come along, with their own rate.
+        parameters: which are trained, of the module; those of the constraints come along, with their own rate. Their
+            gradients, not those that come along, are clipped.
         constraints: what holds for the weights; children of the module.
         evaluate: called before the first step, each `eval_every` steps and after the last one.
         checkpoint: a folder for checkpoints, each written whole or not at all; only the last is kept. One that a run
@@ -131,8 +132,9 @@ class _Run:
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.fixed_lr: list[float | None] = [None, None]
+        given = {id(p) for p in parameters}
         for constraint in constraints:
-            own = list(constraint.parameters())
+            own = [p for p in constraint.parameters() if id(p) not in given]
             if own:
                 groups.append({"params": own, "weight_decay": 0.0})
                 self.fixed_lr.append(constraint.lr)
