@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import sys
 import warnings
 
 import pytest
 import torch
 import transformers as hf
+from rich.console import Console
 
 import tcompress
 from tcompress import expected_run
@@ -16,6 +19,7 @@ from tcompress.live_tensors import LiveTensors
 
 GPTQ = {"step": "quantize", "scheme": "W4A16-g32", "algorithm": "gptq"}
 SPARSEGPT = {"step": "prune", "pattern": "unstructured", "sparsity": 0.5, "algorithm": "sparsegpt"}
+WANDA = {**SPARSEGPT, "algorithm": "wanda"}
 AUTOROUND = {**GPTQ, "algorithm": "autoround", "iterations": 4}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
@@ -117,3 +121,15 @@ def test_what_it_says():
     assert found.notes == ("not in it: smooth",)
     assert "not in it: smooth" in text
     assert "14 layers, 6 samples: about " in found.line
+
+
+@pytest.mark.parametrize(("terminal", "samples"), [(True, 8), (True, 7), (False, 8)])
+def test_a_long_run_says_what_it_will_take(monkeypatch, terminal, samples):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=200)
+    monkeypatch.setattr(sys.modules["tcompress.compress"], "get_console", lambda: console)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(llama(), {"steps": [WANDA]}, data(samples))
+    assert ("14 layers, 8 samples: about " in text.getvalue()) == (terminal and samples == 8)
+    assert len(result.report.compressed) == 14
