@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tcompress.activations import Kept, tensors_in
 from tcompress.calibrate import run
@@ -29,8 +31,10 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
     """
     lists = {id(m): m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     members = {member for m in lists.values() for member in m}
-    calls: list[tuple[nn.Module, int, int, list[torch.Tensor], list[torch.Tensor], Any]] = []
-    clock = 0
+    calls: list[tuple[nn.Module, int, int, list[int], list[int], Any]] = []
+    #: A tensor is known by a number: all that blocks return would be held until the end.
+    numbers: Any = WeakTensorKeyDictionary()
+    clock, count = 0, itertools.count()
     with ExitStack() as stack:
         starts: dict[nn.Module, list[int]] = {}
 
@@ -42,8 +46,10 @@ def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal clock
             clock += 1
-            given = [*tensors_in(args), *tensors_in(kwargs)]
-            calls.append((module, starts[module].pop(), clock, given, list(tensors_in(output)), _shape_of(output)))
+            given, returned = (
+                [numbers.setdefault(t, next(count)) for t in tensors_in(v)] for v in ((args, kwargs), output)
+            )
+            calls.append((module, starts[module].pop(), clock, given, returned, _shape_of(output)))
 
         for member in members:
             stack.callback(member.register_forward_pre_hook(before).remove)
@@ -73,13 +79,13 @@ def _is_chain(members: Sequence[nn.Module], calls: list[Any]) -> bool:
     for i, (_, start, _, given, output, _) in enumerate(own):
         if i:
             _, _, end, _, previous, _ = own[i - 1]
-            # By `is`: a tensor that was changed on the way would not come from the block before.
-            if start < end or not previous or not any(t is previous[0] for t in given):
+            # The very tensor: one that was changed on the way would not come from the block before.
+            if start < end or not previous or previous[0] not in given:
                 return False
             past = set().union(*returned[:-1]) - returned[-1]
-            if any(id(t) in past for t in given):
+            if past.intersection(given):
                 return False
-        returned.append({id(t) for t in output})
+        returned.append(set(output))
     return True
 
 

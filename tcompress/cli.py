@@ -1,4 +1,4 @@
-"""The command line: `tcompress demo`, `info`, `compress`, `advise`."""
+"""The command line: `tcompress demo`, `info`, `compress`, `estimate`, `advise`."""
 
 from __future__ import annotations
 
@@ -50,24 +50,45 @@ _Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face model (c
 _ModelClass = Annotated[str, typer.Option(help="Class of transformers to load it with.")]
 _Data = Annotated[Path | None, typer.Option(help="Text to calibrate on, a sample a line.")]
 _MaxLength = Annotated[int | None, typer.Option(help="Tokens a sample; by default what the model takes.")]
+_Recipe = Annotated[str, typer.Option(help="A preset or a YAML file.")]
+_MaxMemory = Annotated[str | None, typer.Option(help='Most memory beside the model, such as "700 MB".')]
 
 
 @app.command()
 def compress(
     source: _Source,
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    recipe: Annotated[str, typer.Option(help="A preset or a YAML file.")] = "int8",
+    recipe: _Recipe = "int8",
     model_class: _ModelClass = "AutoModel",
     data: _Data = None,
     max_length: _MaxLength = None,
+    max_memory: _MaxMemory = None,
 ) -> None:
     """Compress a Hugging Face model and save it; `tcompress.load` reads it back."""
     import tcompress
 
     model, texts, tokenizer = _loaded(source, model_class, data)
-    result = tcompress.compress(model, recipe, texts, tokenizer=tokenizer, max_length=max_length, inplace=True)
+    more: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "max_memory": max_memory}
+    result = tcompress.compress(model, recipe, texts, inplace=True, **more)
     result.report.print(Console())
     typer.echo(f"saved to {tcompress.save(result.model, out)}")
+
+
+@app.command()
+def estimate(
+    source: _Source,
+    recipe: _Recipe = "int8",
+    model_class: _ModelClass = "AutoModel",
+    data: _Data = None,
+    max_length: _MaxLength = None,
+    max_memory: _MaxMemory = None,
+) -> None:
+    """Say how much memory and time `compress` with the same arguments will take."""
+    import tcompress
+
+    model, texts, tokenizer = _loaded(source, model_class, data)
+    more: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "max_memory": max_memory}
+    tcompress.estimate(model, recipe, texts, inplace=True, **more).print(Console())
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import nn
 
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.errors import CompressionWarning, message
+from tcompress.estimate import estimate
 from tcompress.memory import parse_bytes, trim, trimmed_between_blocks
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
@@ -24,6 +25,9 @@ from tcompress.solve import steps_with_data
 from tcompress.swap_layers import Swapped, swap_layers
 from tcompress.transform import Work, has_transforms, transform
 from tcompress.transform_store import LAYERS
+
+#: Samples from which on an estimate, which runs the model on one of them three times, is small beside the run.
+_WORTH_AN_ESTIMATE = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def compress(
             the end (of the system's for temporary files: TMPDIR), and the Hessians of a block are collected one after
             the other; the result is the same, and takes longer. The sizes are measured on the first sample and
             otherwise counted, so that a process may hold a little more. `tcompress.estimate` says what is needed.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar on a terminal, and before it, with enough data, what the run is expected to take.
 
     Returns:
         The model, with the same training flag and call signature, and the report.
@@ -91,11 +95,17 @@ def compress(
     samples = None if data is None else Samples(data, model, tokenizer, max_length)
     limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
     show = progress and get_console().is_terminal
+    data = samples
+    if show and samples is not None and steps_with_data(recipe) and not has_transforms(recipe):
+        data = list(samples)
+        if len(data) >= _WORTH_AN_ESTIMATE:
+            expected = estimate(model, recipe, data, inplace=inplace, max_memory=limit, seconds=0)
+            get_console().print(expected.line, highlight=False)
     work: Work | None = None
     if has_transforms(recipe):
-        work, swapped = _transformed(model, recipe, samples, inplace, show, resume, limit)
+        work, swapped = _transformed(model, recipe, data, inplace, show, resume, limit)
     else:
-        swapped = swap_layers(model, recipe, samples, inplace, show, resume=resume, max_memory=limit)
+        swapped = swap_layers(model, recipe, data, inplace, show, resume=resume, max_memory=limit)
     layers, notes = swapped.layers, swapped.notes
     reference = swapped.reference
     if work is not None:

@@ -49,15 +49,14 @@ class Estimate:
 
     def print(self, console: Console | None = None) -> None:
         """Prints it."""
-        memory = Table(title=f"memory at the peak ({self.memory.when})")
-        seconds = Table(title=f"time, {self.layers} layers, {self.samples} samples")
+        memory, seconds = Table(title="memory"), Table(title="time")
         for table, rows in ((memory, self._memory_rows()), (seconds, self._time_rows())):
             table.add_column("")
             table.add_column("about", justify="right")
             for row in rows:
                 table.add_row(*row)
         console = console or Console()
-        console.print(memory, seconds, *self.notes, sep="\n")
+        console.print(self.line, memory, seconds, *self.notes, sep="\n", soft_wrap=True)
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         names = ("model", "activations", "hessians", "compressed", "work", "peak")

@@ -137,8 +137,8 @@ def work_of(job: Job) -> int:
 
 
 def _learning(stages: Mapping[Stage, Sequence[Job]], measured: Footprint) -> int:
-    """AutoRound has a dozen matrices of each weight's shape, and what a block keeps for its gradients."""
-    learned = [sum(48 * _numel(job) for job in own if job.by_block) for own in stages.values()]
+    """AutoRound has seven matrices of each weight's shape, and what a block keeps for its gradients."""
+    learned = [sum(28 * _numel(job) for job in own if job.by_block) for own in stages.values()]
     most = max(learned, default=0)
     return most + 3 * measured.block if most else 0
 

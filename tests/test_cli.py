@@ -81,6 +81,19 @@ def test_compress_calibrates_on_a_text_file(tmp_path):
     assert "gptq" in result.output
 
 
+def test_estimate(tmp_path):
+    arguments = ["estimate", bert_folder(tmp_path), "--data", str(tmp_path / "text.txt"), "--recipe"]
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text("steps: [{scheme: W4A16-g32, algorithm: gptq}]")
+    result = CliRunner().invoke(app, [*arguments, str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "7 layers, 2 samples: about " in result.output
+    assert "peak" in result.output
+    result = CliRunner().invoke(app, [*arguments, str(recipe), "--max-memory", "1 kB"])
+    assert result.exit_code == 1
+    assert str(result.exception).startswith("compress: max_memory: got 1.0 kB, expected at least ")
+
+
 def test_advise(tmp_path):
     arguments = ["advise", bert_folder(tmp_path), "--recipe-out", str(tmp_path / "best.yaml")]
     result = CliRunner().invoke(app, [*arguments, "--disk", "1 B"])

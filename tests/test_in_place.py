@@ -112,3 +112,17 @@ def test_a_weight_that_is_used_elsewhere_stays():
     assert torch.equal(model.twin.weight, before)
     for key, value in expected.state_dict().items():
         assert value is None or torch.equal(value, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("steps", [[GPTQ], [SPARSEGPT], [SPARSEGPT, GPTQ]])
+def test_it_resumes(tmp_path, steps):
+    expected = compressed(stack(), steps, inplace=True, resume=tmp_path)
+    for stage in ("0-2", "0-3", "rest"):
+        (tmp_path / f"{stage}.safetensors").unlink()
+    result = compressed(stack(), steps, inplace=True, resume=tmp_path)
+    for key, value in expected.model.state_dict().items():
+        assert value is result.model.state_dict()[key] is None or torch.equal(value, result.model.state_dict()[key]), (
+            key
+        )
+    assert result.report.layers == expected.report.layers
+    assert result.report.warnings == expected.report.warnings

@@ -1,0 +1,135 @@
+"""The estimate of a run against what is then measured; the model stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from rich.console import Console
+
+import tcompress
+from tcompress import expected_run
+from tcompress.errors import CompressionWarning
+from tcompress.live_tensors import LiveTensors
+
+GPTQ = {"step": "quantize", "scheme": "W4A16-g32", "algorithm": "gptq"}
+SPARSEGPT = {"step": "prune", "pattern": "unstructured", "sparsity": 0.5, "algorithm": "sparsegpt"}
+WANDA = {**SPARSEGPT, "algorithm": "wanda"}
+AUTOROUND = {**GPTQ, "algorithm": "autoround", "iterations": 4}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def llama():
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=1000, pad_token_id=0, **SIZES)).eval()
+
+
+def data(n=6):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(1, 1000, (1, 64), generator=generator)} for _ in range(n)]
+
+
+def measured(model, recipe, **options):
+    with LiveTensors([*model.parameters(), *model.buffers()]) as live, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        tcompress.compress(model, recipe, data(), progress=False, **options)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("recipe", "inplace"),
+    [
+        ("int8", False),
+        ("int4", True),
+        ({"steps": [GPTQ]}, False),
+        ({"steps": [GPTQ]}, True),
+        ({"steps": [SPARSEGPT]}, False),
+        ({"steps": [SPARSEGPT]}, True),
+        ({"steps": [AUTOROUND]}, False),
+    ],
+)
+def test_memory_is_within_half_of_what_is_measured(recipe, inplace):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    expected = tcompress.estimate(model, recipe, data(), inplace=inplace, seconds=0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
+    peak = measured(model, recipe, inplace=inplace)
+    assert peak / 1.5 < expected.memory.peak < peak * 1.5
+
+
+def test_memory_under_a_limit():
+    model = llama()
+    free = tcompress.estimate(model, {"steps": [GPTQ]}, data(200), inplace=True, seconds=0)
+    assert free.memory.when == "solving layers"
+    assert free.memory.activations == 200 * 64 * 64 * 4
+    bound = tcompress.estimate(model, {"steps": [GPTQ]}, data(200), inplace=True, max_memory="3 MB", seconds=0)
+    assert bound.memory.activations == 0
+    assert bound.memory.peak < free.memory.peak
+    beside = bound.memory.activations + bound.memory.hessians + bound.memory.work
+    assert beside <= 3e6
+    with pytest.raises(ValueError, match="compress: max_memory: got 10.0 kB, expected at least [0-9.]+ MB; "):
+        tcompress.estimate(model, {"steps": [GPTQ]}, data(), max_memory=10_000)
+
+
+def test_more_data_takes_longer():
+    short, long = (tcompress.estimate(llama(), {"steps": [GPTQ]}, data(n), seconds=0) for n in (2, 100))
+    for part in ("forward", "statistics", "comparing"):
+        assert getattr(long.time, part) > 2 * getattr(short.time, part) > 0
+    total = long.time.forward + long.time.statistics + long.time.solving + long.time.comparing
+    assert long.time.total == pytest.approx(total)
+
+
+def test_layers_that_were_not_measured_are_taken_in_proportion(monkeypatch):
+    seen = []
+
+    def solved(job, match, by_data):
+        seen.append(tuple(job.module.weight.shape))
+        return expected_run._cost(job) * 1e-6
+
+    monkeypatch.setattr(expected_run, "_solved_in", solved)
+    # 64 x 64: q, k, v, o; 128 x 64: gate, up; 64 x 128: down
+    cost = 4 * (2 * 64**3) + 2 * (128 * 64**2 + 64**3) + (64 * 128**2 + 128**3)
+    for seconds, shapes in ((0, [(64, 64)]), (60, [(64, 64), (128, 64), (64, 128)])):
+        seen.clear()
+        found = tcompress.estimate(llama(), {"steps": [GPTQ]}, data(), seconds=seconds)
+        assert seen == shapes
+        assert found.time.solving == pytest.approx(2 * cost * 1e-6)
+
+
+def test_without_data():
+    found = tcompress.estimate(llama(), "int8")
+    assert found.memory.activations == found.memory.hessians == 0
+    assert found.time.forward == found.time.comparing == 0
+    assert found.samples == 0
+    with pytest.raises(ValueError, match="estimate: data: got none, expected calibration samples"):
+        tcompress.estimate(llama(), {"steps": [GPTQ]})
+    with pytest.raises(TypeError, match="estimate: model"):
+        tcompress.estimate("llama")
+
+
+def test_what_it_says():
+    found = tcompress.estimate(llama(), {"steps": [{"step": "smooth"}, GPTQ]}, data(), seconds=0)
+    text = str(found)
+    for word in ("model", "activations", "hessians", "compressed", "work", "peak", "solving", "total", "6 samples"):
+        assert word in text
+    assert found.notes == ("not in it: smooth",)
+    assert "not in it: smooth" in text
+    assert "14 layers, 6 samples: about " in found.line
+
+
+@pytest.mark.parametrize(("terminal", "samples"), [(True, 8), (True, 7), (False, 8)])
+def test_a_long_run_says_what_it_will_take(monkeypatch, terminal, samples):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=200)
+    monkeypatch.setattr(sys.modules["tcompress.compress"], "get_console", lambda: console)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(llama(), {"steps": [WANDA]}, data(samples))
+    assert ("14 layers, 8 samples: about " in text.getvalue()) == (terminal and samples == 8)
+    assert len(result.report.compressed) == 14
