@@ -38,15 +38,19 @@ Quantized quantize_per_token(const Tensor& x, int64_t bits, bool symmetric) {
   return quantized(x, bits, symmetric, nullptr);
 }
 
-Quantized quantize_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t bits,
-                          bool symmetric) {
+cpu::FixedScale fixed_scale(const Tensor& scale, const std::optional<Tensor>& zero_point, bool symmetric) {
   require(scale.scalar_type() == ScalarType::Float && scale.numel() == 1,
-          "quantize_static: scale: expected one float32");
+          "static activations: scale: expected one float32");
   require(
       symmetric || (zero_point.has_value() && zero_point->scalar_type() == ScalarType::Int && zero_point->numel() == 1),
-      "quantize_static: zero_point: expected one int32");
-  const cpu::FixedScale fixed = {*static_cast<const float*>(scale.data_ptr()),
-                                 symmetric ? 0 : *static_cast<const int32_t*>(zero_point->data_ptr())};
+      "static activations: zero_point: expected one int32");
+  return {*static_cast<const float*>(scale.data_ptr()),
+          symmetric ? 0 : *static_cast<const int32_t*>(zero_point->data_ptr())};
+}
+
+Quantized quantize_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t bits,
+                          bool symmetric) {
+  const cpu::FixedScale fixed = fixed_scale(scale, zero_point, symmetric);
   return quantized(x, bits, symmetric, &fixed);
 }
 
@@ -136,6 +140,22 @@ Tensor int8_linear(const Tensor& x, const std::optional<Tensor>& weight, const T
   return operands.y;
 }
 
+Tensor int8_linear_static(const Tensor& x, const Tensor& input_scale, const std::optional<Tensor>& input_zero_point,
+                          const std::optional<Tensor>& weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& kernel_weight,
+                          int64_t act_bits, bool act_symmetric, const std::string& activation,
+                          std::optional<ScalarType> out_dtype, const std::optional<Tensor>& residual) {
+  const cpu::FixedScale fixed = fixed_scale(input_scale, input_zero_point, act_symmetric);
+  float_dtype(x.scalar_type());
+  Input in(x, out_dtype);
+  Operands operands;
+  cpu::Int8LinearArgs args = int8_part(in, weight, weight_scale, bias, kernel_weight, act_bits, act_symmetric,
+                                       parse_activation(activation), residual, operands);
+  args.fixed = &fixed;
+  cpu::int8_linear(args, threads());
+  return operands.y;
+}
+
 // What quantize_per_token returns, for x [..., K] or a result [..., N].
 struct QuantizedOutput {
   Tensor q, scale, zero_point;
@@ -220,6 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(tcompress, CPU, m) {
   m.impl("int8_prepack", TORCH_BOX(&int8_prepack));
   m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_linear_static", TORCH_BOX(&int8_linear_static));
   m.impl("int8_linear_requantize", TORCH_BOX(&int8_linear_requantize));
   m.impl("int8_linear_quantized", TORCH_BOX(&int8_linear_quantized));
   m.impl("int8_multi_linear", TORCH_BOX(&int8_multi_linear));

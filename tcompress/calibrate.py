@@ -40,16 +40,19 @@ def batches(data: Any) -> Iterator[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as the only one.
-
-    Hooks on its modules may ask meanwhile which tokens are padding (`padding.counted`).
-    """
+    """Calls the model on a batch (`call`); hooks on its modules may ask meanwhile which tokens are padding
+    (`padding.counted`)."""
     with counting(token_masks(model, batch)):
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            return model(*batch)
-        return model(batch)
+        return call(model, batch)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as the only one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
 
 
 def output_tokens(model: nn.Module, batch: Any) -> torch.Tensor | None:

@@ -168,3 +168,5 @@ def test_errors():
         mixed_precision(model(), samples(), size_mb=10)
     with pytest.raises(ValueError, match="Scheme: name: got 'W9'"):
         mixed_precision(model(), samples(), size_mb=1, schemes=("W9",))
+    with pytest.raises(ValueError, match=r"mixed_precision: schemes: got \['W8A8-static'\], expected dynamic"):
+        mixed_precision(model(), samples(), size_mb=1, schemes=("W8A8-static",))

@@ -84,7 +84,8 @@ void quantize_block(const Int8LinearArgs& args, const Plan& plan, const Workspac
     }
     const void* x = static_cast<const char*>(args.x) + (m0 + r) * plan.x_row_bytes;
     plan.path.quantize_row({x, args.x_dtype, args.k, args.act_bits, args.act_symmetric, flip,
-                            work.a + r * plan.a_stride, plan.steps * kQuad, work.scale + r, work.zero_point + r});
+                            work.a + r * plan.a_stride, plan.steps * kQuad, work.scale + r, work.zero_point + r,
+                            args.fixed});
     if (flip != 0) work.zero_point[r] = flip;
   }
 }

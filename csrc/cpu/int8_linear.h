@@ -3,7 +3,7 @@
 //   acc[m,n] = sum_k (a[m,k] - zero_point[m]) * w[n,k]                       exact in int32
 //   y[m,n]   = activation(float(acc) * scale[m] * weight_scale[n] + bias[n]) * factor[m,n] + residual[m,n]
 //
-// a, scale and zero_point come from quantize_per_token (quantize_row.h). Constraint: K <= kMaxK, so that neither the
+// a, scale and zero_point come from quantize_row.h. Constraint: K <= kMaxK, so that neither the
 // sum nor a partial sum leaves int32.
 //
 // Kernel layout of the weight, one for all paths, zero padded: outputs in panels of 16, three panels to a group (the
@@ -70,6 +70,7 @@ struct Int8LinearArgs {
   void* y;               // [M, N], contiguous
   DType y_dtype;         // kInt32 stores acc itself; scales, bias, activation and residual then do not apply
   QuantizedInput input = {};
+  const FixedScale* fixed = nullptr;  // of x, or each token has its own
 };
 
 void int8_linear(const Int8LinearArgs& args, int num_threads);

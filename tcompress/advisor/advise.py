@@ -217,7 +217,7 @@ def _loss(quality: float | None, before: float | None, maximize: bool) -> float 
 
 
 def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
-    return lambda: calibrate.run(model, batch)
+    return lambda: calibrate.call(model, batch)
 
 
 def _worst(result: CompressResult) -> str:

@@ -10,13 +10,14 @@ from torch import nn
 
 from tcompress import backend
 from tcompress.errors import message
-from tcompress.nn.kernel_layout import KernelWeight
+from tcompress.nn.kernel_layout import GPU_BACKENDS, KernelWeight
 from tcompress.nn.packed_module import PackedModule
 from tcompress.ops.int4_linear import int4_linear
 from tcompress.ops.int4_multi_linear import int4_multi_linear
 from tcompress.ops.int8_linear import ACTIVATIONS, check_residual
 from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.quantize_per_token import FLOAT_DTYPES, check_float
+from tcompress.ops.quantize_static import reference as quantize_static
 from tcompress.packing import PackedWeight
 from tcompress.quantize.observers import InputScale
 from tcompress.quantize.rtn import round_to_nearest
@@ -25,9 +26,9 @@ from tcompress.weights import linear_bias, linear_weight
 
 
 class QuantizedLinear(PackedModule):
-    """`y = activation(x Wᵀ + b)` with an int8 weight and activations quantized per token on the way in
-    (`ops.int8_linear`), or by one scale that is fixed (`ops.quantize_static`, `ops.int8_linear_quantized`), or with an
-    int4 weight and activations quantized or not (`ops.int4_linear`).
+    """`y = activation(x Wᵀ + b)` with an int8 weight and activations quantized on the way in, per token
+    (`ops.int8_linear`) or by one scale that is fixed (`ops.int8_linear_static`), or with an int4 weight and activations
+    quantized or not (`ops.int4_linear`).
 
     Called like `torch.nn.Linear`; inference only. The state dict holds `weight_packed` (int8 [N, K], or uint8
     [N, ceil(K/2)] with two integers a byte), `weight_scale` ([N], or [N, ceil(K/g)]), `weight_zero_point` if the scheme
@@ -189,21 +190,18 @@ class QuantizedLinear(PackedModule):
 
     def _static_forward(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         held = self._buffers
-        fixed = (held["input_scale"], held["input_zero_point"], self._act_bits, self._act_symmetric)
-        q, scale, zero_point = backend.call("quantize_static", input, *fixed)
-        y: torch.Tensor = backend.call(
-            "int8_linear_quantized",
-            q,
-            scale,
-            zero_point,
-            held["qdata"],
-            held["scale"],
-            self._parameters["bias"],
-            held["kernel_weight"],
-            self._applied_activation,
-            input.dtype,
-            residual,
-        )
+        fixed = (held["input_scale"], held["input_zero_point"])
+        kind = (self._act_bits, self._act_symmetric)
+        weights = (held["qdata"], held["scale"], self._parameters["bias"], held["kernel_weight"])
+        y: torch.Tensor
+        if backend.forced() in GPU_BACKENDS or not input.is_cpu:
+            # The integers in torch, their product in the kernel that takes integers.
+            integers = quantize_static(input, *fixed, *kind)
+            settings = (self._applied_activation, input.dtype, residual)
+            y = backend.call("int8_linear_quantized", *integers, *weights, *settings)
+            return y
+        settings = (self._applied_activation, None, residual)
+        y = backend.call("int8_linear_static", input, *fixed, *weights, *kind, *settings)
         return y
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:

@@ -10,6 +10,7 @@ from tcompress.ops.int4_unpack import int4_unpack
 from tcompress.ops.int8_linear import int8_linear
 from tcompress.ops.int8_linear_quantized import int8_linear_quantized
 from tcompress.ops.int8_linear_requantize import int8_linear_requantize
+from tcompress.ops.int8_linear_static import int8_linear_static
 from tcompress.ops.int8_multi_linear import int8_multi_linear
 from tcompress.ops.int8_prepack import int8_prepack
 from tcompress.ops.int8_sparse_linear import int8_sparse_linear
@@ -38,6 +39,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_quantized",
     "int8_linear_requantize",
+    "int8_linear_static",
     "int8_multi_linear",
     "int8_prepack",
     "int8_sparse_linear",

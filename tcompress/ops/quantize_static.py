@@ -48,20 +48,28 @@ def quantize_static(
     op = "quantize_static"
     check_float(x, op, "x")
     check_bits(bits, 8, op, "bits")
+    check_fixed(op, x, scale, zero_point, symmetric)
+    result: Quantized = backend.call(op, x, scale, zero_point, bits, symmetric)
+    return result
+
+
+def check_fixed(
+    op: str, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, symmetric: bool, prefix: str = ""
+) -> None:
+    """Raises unless scale and zero point fit; the message names `op`, and the arguments with a prefix."""
     if symmetric != (zero_point is None):
-        expected = "None with symmetric=True, int32 without"
-        raise TypeError(message(op, "zero_point", "None" if zero_point is None else "a tensor", expected))
+        expected = "None with symmetric integers, int32 with asymmetric ones"
+        raise TypeError(message(op, f"{prefix}zero_point", "None" if zero_point is None else "a tensor", expected))
     for name, value, dtype in (("scale", scale, torch.float32), ("zero_point", zero_point, torch.int32)):
         if value is None:
             continue
         if value.dtype != dtype:
-            raise TypeError(message(op, name, value.dtype, str(dtype).removeprefix("torch.")))
+            raise TypeError(message(op, prefix + name, value.dtype, str(dtype).removeprefix("torch.")))
         if value.numel() != 1:
-            raise ValueError(message(op, name, list(value.shape), "one number"))
+            raise ValueError(message(op, prefix + name, list(value.shape), "one number"))
         if value.device != x.device:
-            raise ValueError(message(op, name, f"a tensor on {value.device}", f"one on {x.device}, where x is"))
-    result: Quantized = backend.call(op, x, scale, zero_point, bits, symmetric)
-    return result
+            got = f"a tensor on {value.device}"
+            raise ValueError(message(op, prefix + name, got, f"one on {x.device}, where x is"))
 
 
 def reference(

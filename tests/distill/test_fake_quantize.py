@@ -100,6 +100,8 @@ def test_other_algorithms_are_named():
     assert notes == ["training did not simulate bias_correction, outliers, which data decide afterwards"]
     _, notes = simulated(Toy(), Recipe.load({"steps": [{**W8A8, "range": "mse", "bias_correction": True}]}))
     assert notes[0].startswith("training did not simulate bias_correction, the inputs' weight in range mse")
+    _, notes = simulated(Toy(), Recipe.load({"steps": [{"scheme": "W8A8-static"}]}))
+    assert notes == ["training simulated a scale for each token; data then fixed one for all"]
     assert simulated(Toy(), Recipe.load({"steps": [{"attention": "int8"}]})) == ({}, [])
 
 

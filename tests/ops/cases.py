@@ -13,6 +13,7 @@ from typing import Any
 import attention_samples
 import int4_sparse_cases
 import sparse_cases
+import static_cases
 import torch
 
 from tcompress import _C
@@ -376,13 +377,6 @@ def _quantize_samples() -> Iterator[tuple[Any, ...]]:
         yield (_normal(2, 0, torch.float32).view(1, 2, 0), bits, symmetric)
 
 
-def _static_samples() -> Iterator[tuple[Any, ...]]:
-    for x, bits, symmetric in _quantize_samples():
-        zero_point = None if symmetric else torch.tensor(40, dtype=torch.int32)
-        yield (x, torch.tensor(0.02), zero_point, bits, symmetric)
-        yield (x, torch.tensor([0.02]), None if zero_point is None else zero_point[None], bits, symmetric)
-
-
 def _multi_samples(bits: int) -> Iterator[tuple[Any, ...]]:
     """A linear op's samples with two parts alike."""
     samples = _linear_samples() if bits == 8 else _int4_linear_samples()
@@ -412,7 +406,6 @@ def _quantized_samples() -> Iterator[tuple[Any, ...]]:
 
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "quantize_per_token": tuple(_quantize_samples()),
-    "quantize_static": tuple(_static_samples()),
     "int8_prepack": tuple((random_weight(n, k),) for n, k in ((1, 1), (17, 20), (0, 8), (16, 0), (48, 33))),
     "int8_unpack": tuple(_int8_unpack_samples()),
     "int8_linear": tuple(_linear_samples()),
@@ -425,6 +418,7 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "int4_multi_linear": tuple(_multi_samples(4)),
     **attention_samples.SAMPLES,
     **sparse_cases.SAMPLES,
+    **static_cases.SAMPLES,
     **int4_sparse_cases.SAMPLES,
 }
 #: Samples of what the kernels of a GPU take and those of the CPU do not.
