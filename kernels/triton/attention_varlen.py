@@ -136,7 +136,7 @@ def attention_varlen(
         sizes = (
             f"{heads}x{kv_heads} {autotune.tokens(q_tokens)}:{autotune.tokens(k_tokens)}:{autotune.tokens(sequences)}"
         )
-        stored = tiles(capability(q), max(dp, dvp), average, softcap > 0 or left >= 0, bits=bits)
+        stored = tiles(capability(q), max(dp, dvp), average, softcap > 0 or left >= 0, bits=bits, sequences=True)
         tile = autotune.choose(
             "quantized_attention_varlen", f"{sizes} {dp}x{dvp} {q.dtype} {options}", stored,
             lambda: candidates(stored),
