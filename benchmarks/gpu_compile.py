@@ -125,6 +125,15 @@ def _variants() -> Iterator[Variant]:
             name = f"attention d{d} values in int8" + (" causal" if causal else "")
             yield Variant(name, "attend", partial(attend, d, 4096, causal=causal, value_bits=8))
         yield Variant(f"attention d{d} varlen causal", "attend_varlen", partial(gpu_launches.varlen, d, right=0))
+        for causal in (False, True):
+            name = f"attention d{d} 12 bits" + (" causal" if causal else "")
+            yield Variant(name, "attend", partial(attend, d, 4096, causal=causal, bits=12))
+    yield Variant("attention d64 12 bits short", "attend", partial(attend, 64, 1024, bits=12))
+    yield Variant("attention d256 12 bits causal", "attend", partial(attend, 256, 4096, causal=True, bits=12))
+    yield Variant("attention d256 12 bits bool mask", "attend", partial(attend, 256, 4096, mask=torch.bool, bits=12))
+    varlen_12 = partial(gpu_launches.varlen, 128, right=0, bits=12)
+    yield Variant("attention d128 12 bits varlen causal", "attend_varlen", varlen_12)
+    yield Variant("attention d128 12 bits, quantizer", "quantize_queries_and_keys", partial(attend, 128, 4096, bits=12))
     yield Variant("attention d128 lse", "quantize_queries_and_keys", partial(attend, 128, 4096, return_lse=True))
     for kernel, name in (("value_ranges", "ranges"), ("quantize_value_blocks", "integers")):
         yield Variant(f"attention d128 values, {name}", kernel, partial(attend, 128, 4096, value_bits=8))

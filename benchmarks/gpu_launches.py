@@ -186,6 +186,7 @@ def one_of_each() -> None:
     decode()
     varlen(64, right=0)
     attend(64, 4096, value_bits=8)
+    attend(128, 4096, bits=12)
     two_four(64)
     block_sparse(64, (16, 16))
     block_sparse(64, (16, 16), BF16)
@@ -208,6 +209,12 @@ def every() -> None:
         attend(head, 4096, value_bits=8)
         varlen(head, right=0)
     attend(128, 300, dtype=BF16, causal=True, value_bits=8)
+    for head in (64, 128, 256):
+        attend(head, 64, bits=12)
+        attend(head, 4096, causal=True, return_lse=True, bits=12)
+        attend(head, 300, dtype=BF16, mask=torch.bool, bits=12)
+    varlen(64, 60, 5, BF16, left=100, right=0, bits=12)
+    varlen(128, right=0, bits=12)
     varlen(64, 60, 5, dtype=F32)
     varlen(128, 60, 5, BF16, left=100, right=0, softcap=20.0)
     for d, sq, length in ((64, 1, 4096), (64, 6, 300), (128, 1, 64), (128, 16, 4096), (256, 6, 300), (64, 16, 300)):

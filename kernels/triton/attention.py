@@ -1,4 +1,5 @@
-"""Fused int8 attention: softmax(scale · q kᵀ + mask) v, Q and K in int8, P and V in 16-bit floats, or in int8 too.
+"""Fused int8 attention: softmax(scale · q kᵀ + mask) v, Q and K in int8, or in 12 bits as two bytes, P and V in
+16-bit floats, or in int8 too.
 
     grid: one program a (block of BLOCK_M queries, head), the last block first: with a causal mask it has the most to do
 
@@ -11,7 +12,7 @@
 V is read where it lies: float16 and bfloat16 as they are (P is rounded to the same type), float32 rounded to
 bfloat16, whose range it has. The result is in memory [B, Sq, H, Dv], as that of the CPU kernels.
 
-Constraints (`unsupported`): 8 bits, head sizes up to 256; any number of queries, keys and heads.
+Constraints (`unsupported`): 8 or 12 bits, head sizes up to 256; any number of queries, keys and heads.
 
 A V token that is not finite spoils queries of all blocks that touch it, seen or not (0 · NaN), as in torch's own
 attention in plain operations, and with value_bits=8 its channel of all queries; a K token: attention_prepare.
@@ -53,7 +54,7 @@ def attend(
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, V_TAIL: tl.constexpr,
     LAST: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
-    ONES: tl.constexpr, INT8_V: tl.constexpr,
+    ONES: tl.constexpr, INT8_V: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     # 1D: the other axes of a grid end at 65535
     pid = tl.program_id(0)
@@ -66,9 +67,12 @@ def attend(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     channels, columns = tl.arange(0, DP), tl.arange(0, DVP)
     padded = bh.to(tl.int64) * (m_blocks * BLOCK_M) + first
-    q = tl.load(Q + padded * DP + (rows[:, None] * DP + channels[None, :]))
+    ROW: tl.constexpr = DP if BITS == 8 else 2 * DP
+    q_at = Q + padded * ROW + (rows[:, None] * ROW + channels[None, :])
+    q = tl.load(q_at)
+    q_low = tl.load(q_at + DP) if BITS == 12 else q
     q_scale = tl.load(Q_SCALE + padded + rows)
-    k_at = K + kv * n_blocks * (BLOCK_N * DP) + (keys[:, None] * DP + channels[None, :])
+    k_at = K + kv * n_blocks * (BLOCK_N * ROW) + (keys[:, None] * ROW + channels[None, :])
     if INT8_V:
         v_at = V + (kv * DVP + columns)[:, None] * (n_blocks * BLOCK_N) + keys[None, :]
     else:
@@ -82,9 +86,9 @@ def attend(
         shift = tl.load(SHIFT + padded + rows) * scale
 
     acc, total, top = attend_rows(
-        q, q_scale, k_at, K_SCALE + kv * n_blocks, v_at, columns_ok, v_stride_s, rows, sq - first, skv,
+        q, q_low, q_scale, k_at, K_SCALE + kv * n_blocks, v_at, columns_ok, v_stride_s, rows, sq - first, skv,
         last_seen + first, first_seen + first, shift, softcap, mask_at, mask_rows, mask_stride_n,
-        BLOCK_M, BLOCK_N, DP, DVP, V_TAIL, LAST, FIRST, SOFTCAP, MASK, ONES, INT8_V,
+        BLOCK_M, BLOCK_N, DP, DVP, V_TAIL, LAST, FIRST, SOFTCAP, MASK, ONES, INT8_V, BITS,
     )  # fmt: skip
     acc, log = quotient(acc, total, top, INT8_V)
 
@@ -116,8 +120,9 @@ def attention(
     right: int = -1,
     softcap: float = 0.0,
     value_bits: int = 16,
+    bits: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantized_attention` in 8 bits; checked arguments.
+    """`quantized_attention` in 8 or 12 bits; checked arguments.
 
     Args:
         q, k, v: [B, H, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv], one float type, any strides.
@@ -131,15 +136,18 @@ def attention(
         tile: other than `autotune` chooses, which starts from `attention_tiles`.
         value_bits: 16: P and V in 16-bit floats. 8: in int8, V with a scale for each channel and P for each row of a
             block of keys; half the work of the second product, at 1.6 times the error (docs/gpu.md).
+        bits: of Q and K. 8: one byte. 12: two, four times the work of the first product, at a tenth of the error.
 
     Returns:
         [B, H, Sq, Dv] in the type of q, and [B, H, Sq] float32, empty unless asked for.
 
     Raises:
-        ValueError: value_bits is neither 8 nor 16.
+        ValueError: bits is neither 8 nor 12, value_bits neither 8 nor 16, or 8 beside 12 bits of Q and K.
     """
-    if value_bits not in (8, 16):
-        raise ValueError(f"attention: value_bits: got {value_bits}, expected 8 or 16")
+    if bits not in (8, 12):
+        raise ValueError(f"attention: bits: got {bits}, expected 8 or 12")
+    if value_bits not in (8, 16) or (bits == 12 and value_bits == 8):
+        raise ValueError(f"attention: value_bits: got {value_bits} with bits={bits}, expected 16, or 8 with bits=8")
     b, heads, sq, d = q.shape
     kv_heads, skv, dv = k.shape[1], k.shape[2], v.shape[3]
     scale = 1.0 / max(d, 1) ** 0.5 if scale is None else scale
@@ -154,18 +162,19 @@ def attention(
         masked = mask is not None or softcap > 0 or left >= 0
         options = (
             f"{None if mask is None else mask.dtype} {causal or right >= 0} {left >= 0} {softcap > 0} {return_lse}"
-            f" {value_bits}"
+            f" {value_bits} {bits}"
         )
         sizes = f"{b}x{heads}x{kv_heads} {autotune.tokens(sq)}x{autotune.tokens(skv)} {dp}x{dvp} {q.dtype} {options}"
-        stored = tiles(capability(q), max(dp, dvp), sq, masked, value_bits)
+        stored = tiles(capability(q), max(dp, dvp), sq, masked, value_bits, bits)
         tile = autotune.choose(
             "quantized_attention", sizes, stored,
             lambda: candidates(stored),
             lambda tile: attention(
-                q, k, v, mask, bottom_right, causal, scale, return_lse, tile, left, right, softcap, value_bits
+                q, k, v, mask, bottom_right, causal, scale, return_lse, tile, left, right, softcap, value_bits,
+                bits,
             ), q,
         )  # fmt: skip
-    x = attention_prepare.quantize(q, k, scale, tile.block_m, tile.block_n, return_lse or softcap > 0)
+    x = attention_prepare.quantize(q, k, scale, tile.block_m, tile.block_n, return_lse or softcap > 0, bits)
     v_scale = x.k_scale
     if value_bits == 8:
         v, v_scale = attention_values.quantize_values(v, tile.block_n)
@@ -184,7 +193,7 @@ def attention(
         *((0, 0, 0, 0) if value_bits == 8 else v.stride()), *((0, 0, 0, 0) if mask is None else mask.stride()),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp,
         LAST=right >= 0, FIRST=left >= 0, SOFTCAP=softcap > 0, MASK=kind.value, HAS_LSE=return_lse,
-        ONES=tile.ones, INT8_V=value_bits == 8,
+        ONES=tile.ones, INT8_V=value_bits == 8, BITS=bits,
         num_warps=tile.warps, num_stages=tile.stages, **bound,
     )  # fmt: skip
     return out, lse

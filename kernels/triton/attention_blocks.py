@@ -2,15 +2,17 @@
 
 For BLOCK_M queries in registers, each step takes BLOCK_N keys:
 
- 1. x = Q Kᵀ                            int8 products, exact int32 sums; |x| <= 127 · 127 · 256 < 2^22
+ 1. x = Q Kᵀ                            int8 products, exact int32 sums; |x| <= 127 · 127 · 256 < 2^22, or, of Q and K
+                                        in 12 bits, |x| < 2^30
  2. s = x · c, c = q_scale · k_scale    logarithms of base 2; c > 0, so the maximum is taken of x
  3. p = 2^(s - top), top the running maximum
  4. sums and output so far times 2^(old top - top), plus p and p V
 
 Two forms. `plain`, for blocks in which every query sees every key: the float of x is made by adding BIAS to the integer
 accumulator, and 2 and 3 are one fused multiply and add. What that rounds, 0.75 c, is the same for all keys of the
-block and below one unit of x. `masked`, for the edges of a window, the tail, masks and softcap: -inf where a query does
-not see a key; a query that has seen none keeps top = -inf, and 0 is subtracted instead.
+block and below one unit of x. (Sums of 12 bits are too large for that: they are converted, rounded to 24 bits.)
+`masked`, for the edges of a window, the tail, masks and softcap: -inf where a query does not see a key; a query that
+has seen none keeps top = -inf, and 0 is subtracted instead.
 
 With ONES the plain loop leaves the sums of p to the matrix unit, as a product with ones: SUMS equal columns, of the p
 that is multiplied with V. Of 8.x's loop that saves a tenth; on 9.0 it takes registers (attention_tiles).
@@ -27,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import BIAS, biased_float
+from .numbers import BIAS, biased_float, dot_12_bits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: What a finite entry of a float mask is at least, so that adding it does not hide the key.
@@ -37,6 +39,13 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 SUMS = tl.constexpr(8)
 #: log2(127): the largest weight of a row of a block in int8.
 LOG2_P = tl.constexpr(6.988684686772166)
+
+
+@triton.jit
+def _scores_12_bits(q, q_low, k_at, DP: tl.constexpr):
+    """Of a block of keys, whose rows have their low bytes behind the high ones; rounded to float32."""
+    k, k_low = tl.load(k_at), tl.load(k_at + DP)
+    return dot_12_bits(q, q_low, tl.trans(k), tl.trans(k_low)).to(tl.float32)
 
 
 @triton.jit
@@ -76,28 +85,35 @@ def _add_int8_block(acc, total, keep, share, p, v, ONES: tl.constexpr):
 
 @triton.jit
 def plain_blocks(
-    acc, total, top, q, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
+    acc, total, top, q, q_low, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
     BLOCK_N: tl.constexpr, DP: tl.constexpr, V_TAIL: tl.constexpr, ONES: tl.constexpr, INT8_V: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
-    """Keys from `low` to `high`, whole blocks that every query sees. INT8_V: `v_at` are those of [DVP, BLOCK_N]."""
+    """Keys from `low` to `high`, whole blocks that every query sees. INT8_V: `v_at` are those of [DVP, BLOCK_N]. With 8
+    bits `q_low` is not read."""
+    ZERO: tl.constexpr = BIAS if BITS == 8 else 0.0  # what x has for 0
     # read a step ahead, it does not pass through shared memory with K and V: 5 % fewer instructions, fewer registers
     last = high // BLOCK_N - 1
     k_scale = tl.load(k_scale_at + low // BLOCK_N, mask=low < high, other=0.0)
     for start in tl.range(low, high, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        k = tl.load(k_at + start.to(tl.int64) * DP)
+        if BITS == 8:
+            k = tl.load(k_at + start.to(tl.int64) * DP)
         c = q_scale * k_scale
         k_scale = tl.load(k_scale_at + tl.minimum(start // BLOCK_N + 1, last))
-        x = biased_float(tl.dot(q, tl.trans(k), out_dtype=tl.int32))
-        most = (tl.max(x, 1) - BIAS) * c
+        if BITS == 8:
+            x = biased_float(tl.dot(q, tl.trans(k), out_dtype=tl.int32))
+        else:
+            x = _scores_12_bits(q, q_low, k_at + start.to(tl.int64) * (2 * DP), DP)
+        most = (tl.max(x, 1) - ZERO) * c
         new = tl.maximum(top, most)
         if INT8_V:
-            p = tl.math.exp2(x * c[:, None] - (most - LOG2_P + BIAS * c)[:, None])
+            p = tl.math.exp2(x * c[:, None] - (most - LOG2_P + ZERO * c)[:, None])
             v = tl.trans(tl.load(v_at + start))
             share = tl.math.exp2(most - new)
             acc, total = _add_int8_block(acc, total, tl.math.exp2(top - new), share, p, v, ONES)
         else:
-            p = tl.math.exp2(x * c[:, None] - (new + BIAS * c)[:, None])
+            p = tl.math.exp2(x * c[:, None] - (new + ZERO * c)[:, None])
             if V_TAIL:
                 v = tl.load(v_at + start.to(tl.int64) * stride_v, mask=v_columns_ok, other=0.0)
             else:
@@ -109,10 +125,10 @@ def plain_blocks(
 
 @triton.jit
 def masked_blocks(
-    acc, total, top, q, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
+    acc, total, top, q, q_low, q_scale, k_at, k_scale_at, v_at, v_columns_ok, stride_v, low, high,
     rows, sq, skv, last_seen, first_seen, shift, softcap, mask_at, mask_rows, stride_mask_n,
     BLOCK_N: tl.constexpr, DP: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, INT8_V: tl.constexpr,
+    MASK: tl.constexpr, INT8_V: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Keys from `low`, the first of a block, to `high`. With LAST row i sees keys up to i + last_seen, with FIRST
     from i + first_seen on; there are `sq` rows. `mask_at` points to the first one's row of the mask, `mask_rows`
@@ -123,10 +139,14 @@ def masked_blocks(
     for start in tl.range(low, high, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
-        k = tl.load(k_at + start.to(tl.int64) * DP)
+        if BITS == 8:
+            k = tl.load(k_at + start.to(tl.int64) * DP)
         c = q_scale * k_scale
         k_scale = tl.load(k_scale_at + tl.minimum(start // BLOCK_N + 1, last))
-        s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * c[:, None]
+        if BITS == 8:
+            s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * c[:, None]
+        else:
+            s = _scores_12_bits(q, q_low, k_at + start.to(tl.int64) * (2 * DP), DP) * c[:, None]
         if SOFTCAP:
             s = softcapped(s + shift[:, None], softcap)
         seen = (keys < skv)[None, :]

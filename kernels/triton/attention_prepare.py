@@ -3,6 +3,8 @@
     q [B, H, Sq, D]    ->  [B·H, Sqp, Dp] int8     scale [B·H, Sqp]: a token's own, times |scale of the scores| · log2 e
     k [B, Hkv, Skv, D] ->  [B·Hkv, Skp, Dp] int8   scale [B·Hkv, Skp / BLOCK_N]: one a block of keys
 
+    12 bits: [.., 2 · Dp], a token's high bytes, then its low ones (`numbers.split_12_bits`)
+
 Dp: D up to a power of two, at least 32. Sqp, Skp: up to whole blocks. All padding is 0, so the attention kernel loads
 Q and K without a mask. One scale a block of keys rather than a key: the running maximum is then taken before scaling,
 and the inner loop multiplies once. Queries have one each: there it costs nothing.
@@ -27,10 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import all_finite, finite, reciprocal, round_half_even, steps
+from .numbers import all_finite, finite, reciprocal, round_half_even, split_12_bits, steps
 
 LOG2_E = math.log2(math.e)
-_, STEP, LOWEST = steps(8, True)
 #: Tokens a program sums; more where that would make more than MOST_PIECES.
 PIECE = 256
 MOST_PIECES = 32
@@ -73,16 +74,29 @@ def _mean(SUMS, bh, parts, inverse_skv, PARTS: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _store_integers(OUT, x, row, DP: tl.constexpr, BITS: tl.constexpr):
+    channels = tl.arange(0, DP)[None, :]
+    if BITS == 8:
+        tl.store(OUT + row[:, None] * DP + channels, x.to(tl.int8))
+    else:
+        high, low = split_12_bits(x.to(tl.int32))
+        at = OUT + row[:, None] * (2 * DP) + channels
+        tl.store(at, high)
+        tl.store(at + DP, low)
+
+
+@triton.jit
 def store_queries(
     X, Q, Q_SCALE, SHIFT, SUMS, inside, x_at, row, parts, inverse_skv, unit, sign, kv,
     STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
     ok = all_finite(x, 1)
     scale = tl.maximum(tl.max(tl.abs(x), 1) * STEP, LOWEST)
     inverse = tl.where(ok, reciprocal(scale), 0.0)
     q = round_half_even(tl.where(ok[:, None], x, 0.0) * inverse[:, None])  # at most q_max: see quantize_tokens
-    tl.store(Q + row[:, None] * DP + tl.arange(0, DP)[None, :], (q * sign).to(tl.int8))
+    _store_integers(Q, q * sign, row, DP, BITS)
     tl.store(Q_SCALE + row, tl.where(ok, scale * unit, float("nan")))
     if HAS_SHIFT:
         mean = _mean(SUMS, kv, parts, inverse_skv, PARTS, DP)
@@ -92,7 +106,7 @@ def store_queries(
 @triton.jit
 def store_keys(
     X, K, K_SCALE, SUMS, bh, inside, x_at, row, block, parts, inverse_skv,
-    STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, LOWEST: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     x = tl.load(X + x_at, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(inside, x - _mean(SUMS, bh, parts, inverse_skv, PARTS, DP)[None, :], 0.0)
@@ -100,7 +114,7 @@ def store_keys(
     scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) * STEP, LOWEST)
     inverse = tl.where(ok, reciprocal(scale), 0.0)
     q = round_half_even(tl.where(ok, x, 0.0) * inverse)
-    tl.store(K + row[:, None] * DP + tl.arange(0, DP)[None, :], q.to(tl.int8))
+    _store_integers(K, q, row, DP, BITS)
     tl.store(K_SCALE + block, tl.where(ok, scale, float("nan")))
 
 
@@ -115,6 +129,7 @@ def quantize_queries_and_keys(
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     STEP: tl.constexpr, LOWEST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     channels = tl.arange(0, DP)[None, :]
@@ -127,7 +142,7 @@ def quantize_queries_and_keys(
         store_queries(
             X_Q, Q, Q_SCALE, SHIFT, SUMS, (q_rows < sq)[:, None] & (channels < d), q_at,
             q_bh.to(tl.int64) * (q_blocks * ROWS) + q_rows, parts, inverse_skv, unit, sign,
-            b * kv_heads + h // (heads // kv_heads), STEP, LOWEST, DP, PARTS, HAS_SHIFT,
+            b * kv_heads + h // (heads // kv_heads), STEP, LOWEST, DP, PARTS, HAS_SHIFT, BITS,
         )  # fmt: skip
     else:
         block = pid - q_programs
@@ -138,7 +153,7 @@ def quantize_queries_and_keys(
         store_keys(
             X_K, K, K_SCALE, SUMS, k_bh, (k_rows < skv)[:, None] & (channels < d), k_at,
             k_bh.to(tl.int64) * (k_blocks * BLOCK_N) + k_rows, block, parts, inverse_skv,
-            STEP, LOWEST, DP, PARTS,
+            STEP, LOWEST, DP, PARTS, BITS,
         )  # fmt: skip
 
 
@@ -147,7 +162,14 @@ def padded_head(d: int) -> int:
     return max(32, triton.next_power_of_2(d))
 
 
-def quantize(q: torch.Tensor, k: torch.Tensor, scale: float, block_m: int, block_n: int, with_shift: bool) -> Integers:
+def row_bytes(dp: int, bits: int) -> int:
+    """Of a token of Q or K."""
+    return dp if bits == 8 else 2 * dp
+
+
+def quantize(
+    q: torch.Tensor, k: torch.Tensor, scale: float, block_m: int, block_n: int, with_shift: bool, bits: int = 8
+) -> Integers:
     """Q and K as integers.
 
     Args:
@@ -155,19 +177,21 @@ def quantize(q: torch.Tensor, k: torch.Tensor, scale: float, block_m: int, block
         scale: of the scores; may be negative.
         block_m, block_n: queries and keys of a tile of the attention kernel.
         with_shift: whether the logarithm of the denominator is wanted.
+        bits: 8 or 12.
     """
     b, heads, sq, d = q.shape
     kv_heads, skv = k.shape[1], k.shape[2]
     dp, device = padded_head(d), q.device
+    width, step, lowest = row_bytes(dp, bits), *steps(bits, True)[1:]
     rows = min(QUERY_ROWS, block_m)
     q_blocks, k_blocks = triton.cdiv(sq, block_m) * (block_m // rows), triton.cdiv(skv, block_n)
     piece = max(PIECE, triton.cdiv(triton.cdiv(skv, MOST_PIECES), SUM_TOKENS) * SUM_TOKENS)
     parts = triton.cdiv(skv, piece)
     sums = torch.empty((b * kv_heads, parts, dp), dtype=torch.float32, device=device)
     out = Integers(
-        torch.empty((b * heads, q_blocks * rows, dp), dtype=torch.int8, device=device),
+        torch.empty((b * heads, q_blocks * rows, width), dtype=torch.int8, device=device),
         torch.empty((b * heads, q_blocks * rows), dtype=torch.float32, device=device),
-        torch.empty((b * kv_heads, k_blocks * block_n, dp), dtype=torch.int8, device=device),
+        torch.empty((b * kv_heads, k_blocks * block_n, width), dtype=torch.int8, device=device),
         torch.empty((b * kv_heads, k_blocks), dtype=torch.float32, device=device),
         torch.empty((b * heads, q_blocks * rows), dtype=torch.float32, device=device) if with_shift else None,
     )
@@ -179,8 +203,8 @@ def quantize(q: torch.Tensor, k: torch.Tensor, scale: float, block_m: int, block
         q, k, sums, out.q, out.q_scale, out.k, out.k_scale, out.shift if with_shift else out.q_scale,
         sq, skv, d, heads, kv_heads, q_blocks, k_blocks, programs, parts, 1.0 / skv, abs(scale) * LOG2_E,
         -1.0 if scale < 0 else 1.0, *q.stride(), *k.stride(),
-        STEP=STEP, LOWEST=LOWEST, ROWS=rows, BLOCK_N=block_n, DP=dp,
-        PARTS=triton.next_power_of_2(parts), HAS_SHIFT=with_shift,
+        STEP=step, LOWEST=lowest, ROWS=rows, BLOCK_N=block_n, DP=dp,
+        PARTS=triton.next_power_of_2(parts), HAS_SHIFT=with_shift, BITS=bits,
         num_warps=8 if block_n * dp >= 8192 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """Q and K of sequences laid end to end to integers: attention_prepare, with each sequence's own mean.
 
     q [Tq, H, D]    ->  [H, blocks · BLOCK_M, Dp] int8      scale [H, blocks · BLOCK_M]
-    k [Tk, Hkv, D]  ->  [Hkv, blocks · BLOCK_N, Dp] int8    scale [Hkv, blocks]
+    k [Tk, Hkv, D]  ->  [Hkv, blocks · BLOCK_N, Dp] int8    scale [Hkv, blocks]      12 bits: 2 · Dp
 
 Blocks of attention_sequences; the scales, the padding of a sequence's last block and what is not finite are those of
 attention_prepare. Blocks that no sequence has are not written, nor read.
@@ -18,19 +18,18 @@ import triton.language as tl
 
 from .attention_prepare import (
     LOG2_E,
-    LOWEST,
     MOST_PIECES,
     PIECE,
     QUERY_ROWS,
-    STEP,
     SUM_TOKENS,
     Integers,
     padded_head,
+    row_bytes,
     store_keys,
     store_queries,
 )
 from .attention_sequences import blocks, length_of, offset_of, sequence_of, start_block
-from .numbers import reciprocal
+from .numbers import reciprocal, steps
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "parts"])
@@ -71,7 +70,7 @@ def quantize_varlen(
     q_tokens, k_tokens, sequences, d, group, q_blocks, k_blocks, q_programs, parts, unit, sign,
     q_stride_s, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d,
     STEP: tl.constexpr, LOWEST: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DP: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DP: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     channels = tl.arange(0, DP)[None, :]
@@ -91,7 +90,7 @@ def quantize_varlen(
             store_queries(
                 X_Q, Q, Q_SCALE, SHIFT, sums, (row < length)[:, None] & (channels < d), at,
                 pid.to(tl.int64) * ROWS + tl.arange(0, ROWS), own, inverse, unit, sign, 0,
-                STEP, LOWEST, DP, PARTS, HAS_SHIFT,
+                STEP, LOWEST, DP, PARTS, HAS_SHIFT, BITS,
             )  # fmt: skip
     else:
         h, block = (pid - q_programs) // k_blocks, (pid - q_programs) % k_blocks
@@ -106,7 +105,7 @@ def quantize_varlen(
             store_keys(
                 X_K, K, K_SCALE, sums, 0, (row < length)[:, None] & (channels < d), at,
                 (pid - q_programs).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), pid - q_programs, own, inverse,
-                STEP, LOWEST, DP, PARTS,
+                STEP, LOWEST, DP, PARTS, BITS,
             )  # fmt: skip
 
 
@@ -119,6 +118,7 @@ def quantize(
     block_m: int,
     block_n: int,
     with_shift: bool,
+    bits: int = 8,
 ) -> Integers:
     """Q and K as integers.
 
@@ -128,9 +128,11 @@ def quantize(
         scale: of the scores; may be negative.
         block_m, block_n: queries and keys of a tile of the attention kernel.
         with_shift: whether the logarithm of the denominator, or a softcap, is wanted.
+        bits: 8 or 12.
     """
     (q_tokens, heads, d), (k_tokens, kv_heads) = q.shape, k.shape[:2]
     dp, device, sequences = padded_head(d), q.device, len(offsets_q) - 1
+    width, step, lowest = row_bytes(dp, bits), *steps(bits, True)[1:]
     rows = min(QUERY_ROWS, block_m)
     q_blocks, k_blocks = blocks(q_tokens, sequences, block_m), blocks(k_tokens, sequences, block_n)
     # a power of two: the programs of one compilation then serve lengths within a factor of two
@@ -139,9 +141,9 @@ def quantize(
     most = triton.next_power_of_2(triton.cdiv(max(k_tokens, 1), piece))
     sums = torch.empty((kv_heads, parts, dp), dtype=torch.float32, device=device)
     out = Integers(
-        torch.empty((heads, q_blocks * block_m, dp), dtype=torch.int8, device=device),
+        torch.empty((heads, q_blocks * block_m, width), dtype=torch.int8, device=device),
         torch.empty((heads, q_blocks * block_m), dtype=torch.float32, device=device),
-        torch.empty((kv_heads, k_blocks * block_n, dp), dtype=torch.int8, device=device),
+        torch.empty((kv_heads, k_blocks * block_n, width), dtype=torch.int8, device=device),
         torch.empty((kv_heads, k_blocks), dtype=torch.float32, device=device),
         torch.empty((heads, q_blocks * block_m), dtype=torch.float32, device=device) if with_shift else None,
     )
@@ -155,8 +157,8 @@ def quantize(
         out.q_scale if out.shift is None else out.shift,
         q_tokens, k_tokens, sequences, d, heads // kv_heads, q_blocks, k_blocks, programs, parts, abs(scale) * LOG2_E,
         -1.0 if scale < 0 else 1.0, *q.stride(), *k.stride(),
-        STEP=STEP, LOWEST=LOWEST, ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, DP=dp,
-        PIECE=piece, PARTS=most, HAS_SHIFT=with_shift,
+        STEP=step, LOWEST=lowest, ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, DP=dp,
+        PIECE=piece, PARTS=most, HAS_SHIFT=with_shift, BITS=bits,
         num_warps=8 if block_n * dp >= 8192 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

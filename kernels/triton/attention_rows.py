@@ -18,11 +18,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def attend_rows(
-    q, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, rows, sq, skv, last_seen, first_seen,
+    q, q_low, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, rows, sq, skv, last_seen, first_seen,
     shift, softcap, mask_at, mask_rows, stride_mask_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, V_TAIL: tl.constexpr,
     LAST: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ONES: tl.constexpr,
-    INT8_V: tl.constexpr,
+    INT8_V: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Output [BLOCK_M, DVP], sum [BLOCK_M] and maximum [BLOCK_M] of rows that see keys from row + first_seen to
     row + last_seen. The rows count from the block's first, so that a thread can compute its own anew: held through the
@@ -48,25 +48,25 @@ def attend_rows(
         tail = tl.maximum(plain_end, low)
         if MASK == NO_MASK and not SOFTCAP:
             acc, total, top = masked_blocks(
-                acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, low, plain_low,
+                acc, total, top, q, q_low, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, low, plain_low,
                 rows, sq, skv, last_seen, first_seen, shift, softcap, mask_at, mask_rows, stride_mask_n,
-                BLOCK_N, DP, LAST, FIRST, SOFTCAP, MASK, INT8_V,
+                BLOCK_N, DP, LAST, FIRST, SOFTCAP, MASK, INT8_V, BITS,
             )  # fmt: skip
     if MASK == NO_MASK and not SOFTCAP:
         sums = total
         if ONES:
             sums = tl.broadcast_to(total[:, None], [BLOCK_M, SUMS])
         acc, sums, top = plain_blocks(
-            acc, sums, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, plain_low, plain_end,
-            BLOCK_N, DP, V_TAIL, ONES, INT8_V,
+            acc, sums, top, q, q_low, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, plain_low, plain_end,
+            BLOCK_N, DP, V_TAIL, ONES, INT8_V, BITS,
         )  # fmt: skip
         total = sums
         if ONES:
             total = tl.sum(sums, 1) * (1.0 / SUMS)  # exact: equal columns
     acc, total, top = masked_blocks(
-        acc, total, top, q, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, tail, end,
+        acc, total, top, q, q_low, q_scale, k_at, k_scale_at, v_at, columns_ok, stride_v, tail, end,
         rows, sq, skv, last_seen, first_seen, shift * LOG2_E, softcap, mask_at, mask_rows, stride_mask_n,
-        BLOCK_N, DP, LAST, FIRST, SOFTCAP, MASK, INT8_V,
+        BLOCK_N, DP, LAST, FIRST, SOFTCAP, MASK, INT8_V, BITS,
     )  # fmt: skip
     return acc, total, top
 

@@ -37,6 +37,12 @@ TILES = TileTable(
         "head of 256, values in int8": attention_tile(64, 32, 8, 3, ones=True),
         "mask, head of 64": attention_tile(64, 32, 4, 2),
         "mask": attention_tile(64, 32, 8, 2),
+        "sequences, head of 128": attention_tile(128, 64, 8, 3, ones=True),
+        # Two bytes of Q stay in registers, and K takes twice the shared memory.
+        "12 bits, head of 64": attention_tile(128, 64, 8, 3, ones=True),
+        "12 bits, head of 128": attention_tile(128, 64, 8, 3, ones=True),
+        "12 bits, head of 256": attention_tile(64, 32, 8, 2, ones=True),
+        "12 bits, mask, head of 256": attention_tile(32, 32, 8, 2),
     },
     # Measured on an H100, docs/design/010, without `ones`. With 128 registers two programs share a multiprocessor, and
     # one multiplies while the other is in its softmax: 632 against 465 TOPS; `ones` would spill there.
@@ -46,6 +52,13 @@ TILES = TileTable(
         "head of 128": attention_tile(128, 64, 8, 3, registers=128),
         "head of 256": attention_tile(128, 64, 8, 2, ones=True),
         "head of 128, values in int8": attention_tile(128, 64, 8, 3, ones=True),
+        # Not measured. What is read of offsets takes registers: with 128 the tile of the dense kernel spills.
+        "sequences, head of 128": attention_tile(128, 32, 4, 3, ones=True),
+        # Not measured. Eight warps instead of four at a head of 64, and no bound of registers: either would spill.
+        "12 bits, head of 64": attention_tile(128, 128, 8, 3, ones=True),
+        "12 bits, head of 128": attention_tile(128, 64, 8, 3, ones=True),
+        "12 bits, head of 256": attention_tile(128, 32, 8, 2, ones=True),
+        "12 bits, mask, head of 256": attention_tile(64, 32, 8, 2),
     },
     # 64 KiB of shared memory: two stages.
     gfx942={
@@ -54,20 +67,34 @@ TILES = TileTable(
         "head of 256": attention_tile(64, 32, 8, 2, ones=True),
         "head of 128, values in int8": attention_tile(128, 64, 8, 2),
         "head of 256, values in int8": attention_tile(64, 32, 8, 2, ones=True),
+        "sequences, head of 128": attention_tile(128, 64, 8, 2, ones=True),
+        "12 bits, head of 64": attention_tile(128, 64, 8, 2, ones=True),
+        "12 bits, head of 128": attention_tile(128, 64, 8, 2, ones=True),
     },
 )
 
 
-def tiles(capability: int, head: int, sq: int, masked: bool, value_bits: int = 16) -> TileConfig:
-    """For a head padded to `head`, `sq` queries and a mask tensor or none, on compute capability 80, 86, 90, …"""
+def tiles(
+    capability: int, head: int, sq: int, masked: bool, value_bits: int = 16, bits: int = 8, sequences: bool = False
+) -> TileConfig:
+    """For a head padded to `head`, `sq` queries and a mask tensor or none, on compute capability 80, 86, 90, …
+
+    sequences: laid end to end.
+    """
+    size = "head of 64" if head <= 64 else "head of 128" if head <= 128 else "head of 256"
+    role = size
     if masked:
         role = "mask, head of 64" if head <= 64 else "mask"
+        if bits == 12 and head > 128:
+            role = f"12 bits, mask, {size}"
     elif value_bits == 8 and head > 64:
-        role = "head of 128, values in int8" if head <= 128 else "head of 256, values in int8"
+        role = f"{size}, values in int8"
     elif head <= 128 and sq <= (SHORT if head <= 64 else 64):
         role = "short"
-    else:
-        role = "head of 64" if head <= 64 else "head of 128" if head <= 128 else "head of 256"
+    elif bits == 12:
+        role = f"12 bits, {size}"
+    elif sequences and 64 < head <= 128:
+        role = f"sequences, {size}"
     return TILES.tile(capability, role)
 
 

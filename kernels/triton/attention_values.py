@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_prepare import LOWEST, MOST_PIECES, PIECE, STEP, SUM_TOKENS
-from .numbers import finite, reciprocal, round_half_even
+from .attention_prepare import MOST_PIECES, PIECE, SUM_TOKENS
+from .numbers import finite, reciprocal, round_half_even, steps
+
+_, STEP, LOWEST = steps(8, True)
 
 
 @triton.jit(do_not_specialize=["skv", "heads", "piece"])

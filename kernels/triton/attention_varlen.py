@@ -42,7 +42,7 @@ def attend_varlen(
     v_stride_s, v_stride_h, v_stride_d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, V_TAIL: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, LAST: tl.constexpr, FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_LSE: tl.constexpr, ONES: tl.constexpr,
+    HAS_LSE: tl.constexpr, ONES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     block, h = m_blocks - 1 - pid % m_blocks, (pid // m_blocks).to(tl.int64)
@@ -63,9 +63,12 @@ def attend_varlen(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     channels, columns = tl.arange(0, DP), tl.arange(0, DVP)
     padded = (h * m_blocks + block) * BLOCK_M
-    q = tl.load(Q + padded * DP + (rows[:, None] * DP + channels[None, :]))
+    ROW: tl.constexpr = DP if BITS == 8 else 2 * DP
+    q_at = Q + padded * ROW + (rows[:, None] * ROW + channels[None, :])
+    q = tl.load(q_at)
+    q_low = tl.load(q_at + DP) if BITS == 12 else q
     q_scale = tl.load(Q_SCALE + padded + rows)
-    k_at = K + k_block * (BLOCK_N * DP) + (keys[:, None] * DP + channels[None, :])
+    k_at = K + k_block * (BLOCK_N * ROW) + (keys[:, None] * ROW + channels[None, :])
     v_at = V + k_token * v_stride_s + kv * v_stride_h
     v_at = v_at + keys[:, None] * v_stride_s + columns[None, :] * v_stride_d
     columns_ok = (columns < dv)[None, :]
@@ -74,9 +77,9 @@ def attend_varlen(
         shift = tl.load(SHIFT + padded + rows) * scale
 
     acc, total, top = attend_rows(
-        q, q_scale, k_at, K_SCALE + k_block, v_at, columns_ok, v_stride_s, rows, sq - first, skv,
+        q, q_low, q_scale, k_at, K_SCALE + k_block, v_at, columns_ok, v_stride_s, rows, sq - first, skv,
         position + right, position - left, shift, softcap, Q, rows[:, None], 0,
-        BLOCK_M, BLOCK_N, DP, DVP, V_TAIL, LAST, FIRST, SOFTCAP, NO_MASK, ONES, False,
+        BLOCK_M, BLOCK_N, DP, DVP, V_TAIL, LAST, FIRST, SOFTCAP, NO_MASK, ONES, False, BITS,
     )  # fmt: skip
     acc, log = quotient(acc, total, top, False)
 
@@ -104,14 +107,15 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     tile: TileConfig | None = None,
+    bits: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantized_attention_varlen` in 8 bits; checked arguments.
+    """`quantized_attention_varlen` in 8 or 12 bits; checked arguments.
 
     Args:
         q, k, v: [Tq, H, D], [Tk, Hkv, D], [Tk, Hkv, Dv], one float type, any strides.
         cu_seqlens_q, cu_seqlens_k: [N + 1] int32 or int64; for a CUDA graph on q's device. What they hold is not
             looked at: see attention_sequences.
-        bottom_right, left, right, softcap, scale, return_lse, tile: as in `attention`.
+        bottom_right, left, right, softcap, scale, return_lse, tile, bits: as in `attention`.
 
     Returns:
         [Tq, H, Dv] in the type of q, and [H, Tq] float32, empty unless asked for.
@@ -128,20 +132,21 @@ def attention_varlen(
     dp, dvp = padded_head(d), padded_values(dv)
     if tile is None:
         average = q_tokens // max(sequences, 1)
-        options = f"{right >= 0} {left >= 0} {softcap > 0} {return_lse}"
+        options = f"{right >= 0} {left >= 0} {softcap > 0} {return_lse} {bits}"
         sizes = (
             f"{heads}x{kv_heads} {autotune.tokens(q_tokens)}:{autotune.tokens(k_tokens)}:{autotune.tokens(sequences)}"
         )
-        stored = tiles(capability(q), max(dp, dvp), average, softcap > 0 or left >= 0)
+        stored = tiles(capability(q), max(dp, dvp), average, softcap > 0 or left >= 0, bits=bits, sequences=True)
         tile = autotune.choose(
             "quantized_attention_varlen", f"{sizes} {dp}x{dvp} {q.dtype} {options}", stored,
             lambda: candidates(stored),
             lambda tile: attention_varlen(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, bottom_right, left, right, softcap, scale, return_lse, tile
+                q, k, v, cu_seqlens_q, cu_seqlens_k, bottom_right, left, right, softcap, scale, return_lse, tile,
+                bits,
             ), q,
         )  # fmt: skip
     x = attention_prepare_varlen.quantize(
-        q, k, cu_seqlens_q, cu_seqlens_k, scale, tile.block_m, tile.block_n, return_lse or softcap > 0
+        q, k, cu_seqlens_q, cu_seqlens_k, scale, tile.block_m, tile.block_n, return_lse or softcap > 0, bits
     )
     v = v.to(torch.bfloat16) if v.dtype == torch.float32 else v
     m_blocks, n_blocks = blocks(q_tokens, sequences, tile.block_m), x.k_scale.shape[1]
@@ -153,6 +158,7 @@ def attention_varlen(
         softcap or 1.0, *v.stride(),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, DP=dp, DVP=dvp, V_TAIL=dv != dvp, BOTTOM_RIGHT=bottom_right,
         LAST=right >= 0, FIRST=left >= 0, SOFTCAP=softcap > 0, HAS_LSE=return_lse, ONES=tile.ones,
+        BITS=bits,
         num_warps=tile.warps, num_stages=tile.stages, **bound,
     )  # fmt: skip
     return out, lse

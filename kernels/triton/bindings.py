@@ -206,7 +206,7 @@ def quantized_attention(
     from .attention import attention
 
     causal = right == 0
-    return attention(q, k, v, mask, bottom_right, causal, scale, return_lse, None, left, right, softcap)
+    return attention(q, k, v, mask, bottom_right, causal, scale, return_lse, None, left, right, softcap, bits=bits)
 
 
 def quantized_attention_unsupported(
@@ -217,8 +217,6 @@ def quantized_attention_unsupported(
     bits: int = 8,
     *options: object,
 ) -> str | None:
-    if bits != 8:
-        return f"bits={bits}: the Triton kernel has 8"
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD:
         return f"a head of more than {MAX_HEAD}"
     return None
@@ -241,7 +239,7 @@ def quantized_attention_varlen(
     from .attention_varlen import attention_varlen
 
     offsets = (cu_seqlens_q, cu_seqlens_k)
-    return attention_varlen(q, k, v, *offsets, bottom_right, left, right, softcap, scale, return_lse)
+    return attention_varlen(q, k, v, *offsets, bottom_right, left, right, softcap, scale, return_lse, bits=bits)
 
 
 def quantized_attention_varlen_unsupported(

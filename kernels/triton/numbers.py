@@ -72,3 +72,20 @@ def biased_float(x):
     """int32 below 2^22 in magnitude -> float32 BIAS + x, exact: one integer addition. The conversion proper
     runs on the unit of exp2 on 8.x, which is the scarce one in attention, and at half rate on 9.0."""
     return (x + BIAS_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_12_bits(x):
+    """Integers of 12 bits, as int32, in two bytes each: x = 32 · high + low, |high| <= 64, -16 <= low <= 15."""
+    high = (x + 16) >> 5
+    return high.to(tl.int8), (x - (high << 5)).to(tl.int8)
+
+
+@triton.jit
+def dot_12_bits(a, a_low, b, b_low):
+    """Sums over up to 256 products of integers so split, int32, exact: |sum| <= 2047² · 256 < 2^30. Four products of
+    bytes into one accumulator, which grows by 32 between them."""
+    x = tl.dot(a, b, out_dtype=tl.int32) * 32
+    x = tl.dot(a, b_low, acc=x, out_dtype=tl.int32)
+    x = tl.dot(a_low, b, acc=x, out_dtype=tl.int32) * 32
+    return tl.dot(a_low, b_low, acc=x, out_dtype=tl.int32)

@@ -18,7 +18,7 @@ from tcompress.kernels.triton.attention_sequences import blocks  # noqa: E402
 from tcompress.kernels.triton.attention_tiles import attention_tile  # noqa: E402
 from tcompress.kernels.triton.attention_varlen import attention_varlen  # noqa: E402
 
-from tcompress import ops, quantized_attention_varlen, use_backend  # noqa: E402
+from tcompress import quantized_attention_varlen, use_backend  # noqa: E402
 
 TILE = attention_tile(32, 32, 4, 2)
 LENGTHS = [  # of queries, of keys
@@ -111,6 +111,18 @@ def test_the_op_against_float64(causal):
     assert error <= 0.021 * size
 
 
+@pytest.mark.parametrize("lengths", LENGTHS[2:4], ids=str)
+def test_each_sequence_in_12_bits(lengths):
+    """Through the op, whose tile is that of the dense kernel for so few queries."""
+    arguments = packed(lengths)
+    with use_backend("triton"):
+        options = {"is_causal": "bottom_right", "enable_gqa": True, "return_lse": True}
+        out, lse = quantized_attention_varlen(*arguments, bits=12, **options)
+    expected, expected_lse = alone(*arguments, right=0, bottom_right=True, bits=12)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
 def test_what_is_not_finite_stays_in_its_sequence():
     q, k, v, rows, tokens = packed(([33, 20, 40], [33, 20, 40]), heads=4, kv_heads=2, dtype=torch.float32)
     k[40, 0, 3] = math.inf
@@ -199,9 +211,3 @@ def test_lengths_change_nothing_about_the_launches(monkeypatch):
     attention_varlen(q, k, v, offsets([39, 0]), offsets([1, 70]), right=0)
     assert len(first) == 3
     assert seen == first
-
-
-def test_twelve_bits_say_why_not():
-    arguments = packed(([5], [7]))
-    with use_backend("triton"), pytest.raises(RuntimeError, match="bits=12: the Triton kernel has 8"):
-        ops.quantized_attention_varlen(*arguments, bits=12, enable_gqa=True)

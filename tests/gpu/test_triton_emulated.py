@@ -188,8 +188,17 @@ ATTENTION = [  # Sq, Skv, D, Dv, heads, heads of K and V, type, causal, mask
 ]
 
 
+@on_both("case", [(case,) for case in ATTENTION], quick=1)
+def test_attention_in_12_bits(architecture, case):
+    check_attention(architecture, case, 12)
+
+
 @on_both("case", [(case,) for case in ATTENTION], quick=3)
 def test_attention(architecture, case):
+    check_attention(architecture, case, 8)
+
+
+def check_attention(architecture, case, bits):
     sq, skv, d, dv, h, kv_heads, dtype, causal, kind = case
     q = random(1, sq, h, d, dtype=dtype).transpose(1, 2)
     k, v = random(1, kv_heads, skv, d, dtype=dtype, seed=1) + 2, random(1, kv_heads, skv, dv, dtype=dtype, seed=2)
@@ -203,12 +212,14 @@ def test_attention(architecture, case):
     mask = None if mask is None else mask.expand(1, h, sq, skv)
     bottom_right = causal == "bottom_right"
     with emulated(architecture) as gpu:
-        out, lse = attention(q, k, v, mask, bottom_right=bottom_right, causal=causal is not None, return_lse=True)
+        out, lse = attention(
+            q, k, v, mask, bottom_right=bottom_right, causal=causal is not None, return_lse=True, bits=bits
+        )
     names = [launch.kernel for launch in gpu.launched]
     assert names == ["key_sums", "quantize_queries_and_keys", "attend"]
 
     # the integers: those of the op for Q; K less its mean, which is summed in another order
-    scale_q, scale_k, shift = integers_are_right(gpu.launched[-1], q, k, d**-0.5)
+    scale_q, scale_k, shift = integers_are_right(gpu.launched[-1], q, k, d**-0.5, bits)
     # what float64 makes of these integers
     seen = torch.ones(sq, skv, dtype=torch.bool)
     if causal:
@@ -233,14 +244,16 @@ def test_attention(architecture, case):
     assert ((lse.double() - expected_lse - shift).abs() <= bound)[~empty].all()
 
 
-def integers_are_right(launch, q, k, scale):
+def integers_are_right(launch, q, k, scale, bits=8):
     """Q and K as float64 from what the attention kernel was given, Q times log 2 of it, and what smoothing K takes from
     the logarithm."""
     (b, h, sq, d), (_, kv_heads, skv, _) = q.shape, k.shape
     x_q, q_scale, x_k, k_scale, *_ = launch.args
     shift = launch.args[7]
+    if bits == 12:
+        x_q, x_k = (32 * high.int() + low for high, low in (x.chunk(2, -1) for x in (x_q, x_k)))
     got = x_q.view(b, h, -1, x_q.shape[-1])[:, :, :sq]
-    expected, expected_scale = reference_integers(q.float(), 8)
+    expected, expected_scale = reference_integers(q.float(), bits)
     assert torch.equal(got[..., :d].float(), expected)
     assert (got[..., d:] == 0).all()
     found = q_scale.view(b, h, -1)[:, :, :sq]

@@ -49,13 +49,14 @@ def outputs(result):
 
 
 def attention_samples():
-    """Options that the Triton kernel has; `cases` has 12 bits, windows and softcaps."""
+    """Types, strides and options; `cases` has windows and softcaps."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, s, d, generator=generator) for h, s, d in ((4, 7, 10), (2, 70, 10), (2, 70, 5)))
     keep = (torch.randn(1, 4, 1, 70, generator=generator) > 0).expand(2, 4, 7, 70)
     yield (q.half(), k.half(), v.half(), None, 8, False, -1, -1, 0.0, 0.3, False)
     yield (q.bfloat16(), k.bfloat16(), v.bfloat16(), keep, 8, True, -1, 0, 0.0, -0.3, True)
     yield (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), None, 8, False, -1, 0, 0.0, 0.3, True)
+    yield (q, k, v, keep, 12, True, -1, 0, 0.0, 0.3, True)
 
 
 def samples(op):

@@ -55,7 +55,15 @@ def test_the_epilogue_is_that_of_the_code_for_8_0():
     "case", [pytest.param(c, marks=[] if i in (0, 3) else SLOW) for i, c in enumerate(emulated_cases.ATTENTION)]
 )
 def test_attention(case):
-    emulated_cases.test_attention(90, case)
+    emulated_cases.check_attention(90, case, 8)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if i == 0 else SLOW) for i, c in enumerate(emulated_cases.ATTENTION[:5])]
+)
+def test_attention_in_12_bits(case):
+    """Four products into one accumulator, which is changed between them: each is waited for."""
+    emulated_cases.check_attention(90, case, 12)
 
 
 NORMAL = [  # D, causal, tile
