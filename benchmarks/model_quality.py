@@ -29,6 +29,7 @@ from rich.table import Table
 import tcompress
 from tcompress.backend import cpu_path
 from tcompress.errors import CompressionWarning
+from tcompress.match import output_embeddings
 from tcompress.report.report import Report
 from tcompress.report.size import model_sizes
 
@@ -51,13 +52,15 @@ def weights(scheme: str, algorithm: str, *before: Step, **options: Any) -> list[
 
 _SMOOTH: Step = {"step": "smooth", "alpha": "auto"}
 _AWQ: Step = {"step": "awq"}
+#: The setting that makes no difference to a model without a head over a vocabulary.
+_OF_HEADS = "int8, the head too"
 #: By name, the steps of a recipe.
 SETTINGS: dict[str, list[Step]] = {
     "int8": int8(),
     "int8, smooth": int8(_SMOOTH),
     "int8, outliers 4": int8(outliers=4),
     "int8, smooth, outliers 4": int8(_SMOOTH, outliers=4),
-    "int8, the head too": [{**step, "ignore": []} for step in _INT8],
+    _OF_HEADS: [{**step, "ignore": []} for step in _INT8],
     "W4A16-g32 rtn": weights("W4A16-g32", "rtn"),
     "W4A16-g32 gptq": weights("W4A16-g32", "gptq"),
     "W4A16-g32 gptq, propagation 0.5": weights("W4A16-g32", "gptq", propagation=0.5),
@@ -72,12 +75,14 @@ def worst_layers(report: Report, n: int = 3) -> str:
     return ", ".join(f"{name} {db:.1f} dB" for db, name in sorted(known)[:n])
 
 
-def measure(subject: Subject, recipes: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Float32 and each recipe."""
+def measure(subject: Subject, recipes: dict[str, Any], console: Console | None = None) -> dict[str, Any]:
+    """Float32 and each recipe; prints what is found on a console."""
     base = subject.evaluate(subject.model)
     before = model_sizes(subject.model).disk / 1e6
     rows: list[dict[str, Any]] = [{"recipe": "float32", "metric": base.metric, "more": base.more, "MB": before}]
     for name, recipe in recipes.items():
+        if name == _OF_HEADS and output_embeddings(subject.model) is None:
+            continue
         start = time.perf_counter()
         made = tcompress.compress(subject.model, recipe, data=subject.calibration, progress=False)
         seconds = time.perf_counter() - start
@@ -100,7 +105,8 @@ def measure(subject: Subject, recipes: dict[str, Any], console: Console) -> dict
                 "seconds to evaluate": time.perf_counter() - start,
             }
         )
-        console.print(rows[-1], highlight=False)
+        if console is not None:
+            console.print(rows[-1], highlight=False)
     return {"model": subject.name, "counted": subject.counted, "metric": subject.metric, "rows": rows}
 
 

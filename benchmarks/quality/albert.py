@@ -18,8 +18,8 @@ from quality.subject import Scores, Subject
 _BATCH = 32
 #: Tokens of SMILES, as Schwaller et al. cut them (Molecular Transformer, 1811.02633, section 4).
 _TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|>>|%\d\d|[BCNOSPFIbcnosp()=#\-+\\/:~@?*$.\d]")
-#: An atom in brackets that means the same without them, and [nH], which does not.
-_PLAIN_ATOM = re.compile(r"\[(Br|Cl|[BCNOSPFI]|[bcnosp])(H\d?)?\]")
+#: An atom in brackets that means the same without them, as [nH] does not.
+_PLAIN_ATOM = re.compile(r"\[(?:(Br|Cl|[BCNOSPFI])(?:H\d?)?|([bcnosp])|(c)H)\]")
 
 #: Precursors >> product: esters, amides, couplings, reductions, protections, substitutions.
 _TEXTBOOK = (
@@ -83,7 +83,7 @@ def _reactions(folder: Path, vocabulary: dict[str, int]) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for file in ("test_mapper.py", "test_batched_mapper.py"):
         for text in re.findall(r'"([^"\s]*>>[^"\s]*)"', (folder / file).read_text()):
-            plain = _PLAIN_ATOM.sub(r"\1", re.sub(r":\d+\]", "]", text))
+            plain = _PLAIN_ATOM.sub(r"\1\2\3", re.sub(r":\d+\]", "]", text))
             tokens = _TOKEN.findall(plain)
             if len(tokens) >= 8 and "".join(tokens) == plain and all(token in vocabulary for token in tokens):
                 found.setdefault(tuple(sorted(tokens)), tokens)
