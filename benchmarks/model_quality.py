@@ -80,6 +80,8 @@ def measure(subject: Subject, recipes: dict[str, Any], console: Console | None =
     base = subject.evaluate(subject.model)
     before = model_sizes(subject.model).disk / 1e6
     rows: list[dict[str, Any]] = [{"recipe": "float32", "metric": base.metric, "more": base.more, "MB": before}]
+    if console is not None:
+        console.print(f"{subject.name}: {subject.counted}", rows[0], highlight=False)
     for name, recipe in recipes.items():
         if name == _OF_HEADS and output_embeddings(subject.model) is None:
             continue
@@ -96,7 +98,7 @@ def measure(subject: Subject, recipes: dict[str, Any], console: Console | None =
                 "loss": subject.loss(base, scores),
                 "distance": subject.distance(base, scores),
                 "MB": made.report.after.disk / 1e6,
-                "compressed": len(made.report.compressed),
+                "compressed": sum(layer.weight_sqnr_db is not None for layer in made.report.compressed),
                 "skipped": [f"{layer.name}: {layer.reason}" for layer in made.report.skipped],
                 "attention": [a.action for a in made.report.attention],
                 "worst": worst_layers(made.report),

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from quality import assets
 from quality.subject import Scores, Subject
@@ -31,7 +30,7 @@ _UNFIT = re.compile(r"[\[\(<]|\d|\.\.\.")
 _SECONDS = 29.0
 
 
-def subject(test: int = 120, calibration: int = 24) -> Subject:
+def subject(test: int = 60, calibration: int = 12) -> Subject:
     """The model, evaluated on `test` recordings of five words or more, at most 132, drawn with seed 0."""
     folder = assets.wheel_files(assets.WHISPER)
     model = load_model(folder / "model.bin")
@@ -46,15 +45,20 @@ def subject(test: int = 120, calibration: int = 24) -> Subject:
     evaluated = usable[:test]
     sound = [listener.features([files[n] for n in evaluated[i : i + _BATCH]]) for i in range(0, len(evaluated), _BATCH)]
     references = [words(texts[n]) for n in evaluated]
-    written = [tokens for batch in sound for tokens in listener.write(model, batch)]
+    written: list[list[int]] = []  # by the model that is evaluated first, in float32
 
-    def evaluate(compressed: nn.Module) -> Scores:
-        errors, logits = 0, []
+    @torch.inference_mode()
+    def evaluate(evaluated: Any) -> Scores:
+        errors, logits, first = 0, [], not written
         for i, batch in enumerate(sound):
+            encoded = evaluated.model.encoder(batch)
+            found = listener.write(evaluated, encoded)
+            if first:
+                written.extend(found)
             part = slice(i * _BATCH, i * _BATCH + len(batch))
-            for tokens, reference in zip(listener.write(compressed, batch), references[part], strict=True):
+            for tokens, reference in zip(found, references[part], strict=True):
                 errors += edit_distance(reference, words(listener.text(tokens)))
-            logits.append(_logits(compressed, batch, written[part]))
+            logits.append(_logits(evaluated, encoded, written[part]))
         return Scores(errors / sum(map(len, references)), torch.cat(logits))
 
     samples = [_sample(listener, model, files[n]) for n in longest]
@@ -100,11 +104,11 @@ class Listener:
         return found
 
     @torch.inference_mode()
-    def write(self, model: Any, features: torch.Tensor) -> list[list[int]]:
-        """The tokens of each recording, greedily, without those at the beginning and the end."""
-        encoded = model.model.encoder(features)
-        tokens = torch.tensor([[START, NO_TIMESTAMPS]]).repeat(len(features), 1)
-        new, past, done = tokens, None, torch.zeros(len(features), dtype=torch.bool)
+    def write(self, model: Any, encoded: Any) -> list[list[int]]:
+        """The tokens of each recording, greedily, without those at the beginning and the end, from what was encoded."""
+        n = len(encoded.last_hidden_state)
+        tokens = torch.tensor([[START, NO_TIMESTAMPS]]).repeat(n, 1)
+        new, past, done = tokens, None, torch.zeros(n, dtype=torch.bool)
         for step in range(_MOST_TOKENS):
             out = model(encoder_outputs=encoded, decoder_input_ids=new, past_key_values=past, use_cache=True)
             past, scores = out.past_key_values, out.logits[:, -1].clone()
@@ -139,18 +143,18 @@ def edit_distance(reference: list[str], hypothesis: list[str]) -> int:
     return row[-1]
 
 
-@torch.inference_mode()
-def _logits(model: Any, features: torch.Tensor, written: list[list[int]]) -> torch.Tensor:
+def _logits(model: Any, encoded: Any, written: list[list[int]]) -> torch.Tensor:
     """[tokens, vocabulary]: of each token that was written and of the end after it."""
     longest = max(map(len, written))
     ids = torch.tensor([[START, NO_TIMESTAMPS, *row, *[END] * (longest - len(row))] for row in written])
-    logits = model(input_features=features, decoder_input_ids=ids).logits
+    logits = model(encoder_outputs=encoded, decoder_input_ids=ids).logits
     return torch.cat([row[1 : len(w) + 2] for row, w in zip(logits, written, strict=True)]).clone()
 
 
+@torch.inference_mode()
 def _sample(listener: Listener, model: Any, file: Path) -> dict[str, torch.Tensor]:
     features = listener.features([file])
-    (tokens,) = listener.write(model, features)
+    (tokens,) = listener.write(model, model.model.encoder(features))
     return {"input_features": features, "decoder_input_ids": torch.tensor([[START, NO_TIMESTAMPS, *tokens]])}
 
 
