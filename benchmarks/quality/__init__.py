@@ -1,0 +1,1 @@
+"""Pretrained models out of registry packages, each with labelled data, for `model_quality.py`; a model a file."""
