@@ -35,7 +35,7 @@ class Finetune(Step, Training):
     losses: tuple[AnyLoss, ...] = Field(({"loss": "logits", "temperature": 1.0},), min_length=1, validate_default=True)
     steps: int = Field(100, ge=1)
     lr: float = Field(2e-3, gt=0)
-    integer_rate: float = Field(20.0, ge=0)
+    integer_rate: float = Field(5.0, ge=0)
     checkpoint: str | None = None
 
     @field_validator("checkpoint", mode="before")
