@@ -52,6 +52,8 @@ def weights(scheme: str, algorithm: str, *before: Step, **options: Any) -> list[
 
 _SMOOTH: Step = {"step": "smooth", "alpha": "auto"}
 _AWQ: Step = {"step": "awq"}
+#: The layers whose outputs lose most at 4 bits, in all of these models.
+_VALUES: Step = {"step": "quantize", "scheme": "int8", "targets": ["v_proj", "value"]}
 #: The setting that makes no difference to a model without a head over a vocabulary.
 _OF_HEADS = "int8, the head too"
 #: By name, the steps of a recipe.
@@ -65,6 +67,7 @@ SETTINGS: dict[str, list[Step]] = {
     "W4A16-g32 gptq": weights("W4A16-g32", "gptq"),
     "W4A16-g32 gptq, propagation 0.5": weights("W4A16-g32", "gptq", propagation=0.5),
     "W4A16-g32 awq, gptq": weights("W4A16-g32", "gptq", _AWQ),
+    "W4A16-g32 gptq, values int8": weights("W4A16-g32", "gptq", _VALUES),
     "W4A16-g32 autoround": weights("W4A16-g32", "autoround"),
 }
 
