@@ -95,7 +95,7 @@ def measure(model: nn.Module, chains: Sequence[Sequence[nn.Module]], sample: Any
     groups = collector.groups()
     rows = [collector.rows_of(group[0]) for group in groups]
     # Beside a block's own run: what the one before returned, and the copy that is handed to it.
-    block = inside[0] + 2 * max(outputs) if chains else whole
+    alone = inside[0] + 2 * max(outputs) if chains else whole
     return Footprint(
-        whole, block, tuple(outputs), calls[0], tuple(map(tuple, groups)), seconds, blocks_seconds, tuple(rows)
+        whole, alone, tuple(outputs), calls[0], tuple(map(tuple, groups)), seconds, blocks_seconds, tuple(rows)
     )

@@ -136,13 +136,13 @@ def swap_layers(
         new.train(module.training)
         pruned.pop(module, None)
     for i in track(order, "compressing", disable=not progress, transient=True):
-        m = matches[i]
-        replacements[m.module] = replace.compressed(m, cache)
-        reports[m.module] = compressed_report(m, replacements[m.module], not_pruned.get(m.module, ""))
+        this = matches[i]
+        replacements[this.module] = replace.compressed(this, cache)
+        reports[this.module] = compressed_report(this, replacements[this.module], not_pruned.get(this.module, ""))
         # The module has the weight, as its kernel reads it.
-        matches[i] = dataclasses.replace(m, mask=None, solved=None, bias=None, outliers=None)
-        pruned.pop(m.module, None)
-        del m
+        matches[i] = dataclasses.replace(this, mask=None, solved=None, bias=None, outliers=None)
+        pruned.pop(this.module, None)
+        del this
         memory.trim()
     layers = [reports[m.module] for m in matches]
     tied: dict[int, nn.Parameter] = {}
