@@ -54,6 +54,8 @@ _SMOOTH: Step = {"step": "smooth", "alpha": "auto"}
 _AWQ: Step = {"step": "awq"}
 #: The layers whose outputs lose most at 4 bits, in all of these models.
 _VALUES: Step = {"step": "quantize", "scheme": "int8", "targets": ["v_proj", "value"]}
+#: On the calibration samples, of which most models have one at a time.
+_FINETUNE: Step = {"step": "finetune", "steps": 100, "accumulate": 4}
 #: The setting that makes no difference to a model without a head over a vocabulary.
 _OF_HEADS = "int8, the head too"
 #: By name, the steps of a recipe.
@@ -68,8 +70,16 @@ SETTINGS: dict[str, list[Step]] = {
     "W4A16-g32 gptq, propagation 0.5": weights("W4A16-g32", "gptq", propagation=0.5),
     "W4A16-g32 awq, gptq": weights("W4A16-g32", "gptq", _AWQ),
     "W4A16-g32 gptq, values int8": weights("W4A16-g32", "gptq", _VALUES),
+    "W4A16-g32 gptq, finetune": [*weights("W4A16-g32", "gptq"), _FINETUNE],
     "W4A16-g32 autoround": weights("W4A16-g32", "autoround"),
 }
+
+
+def aimed(recipe: Any, subject: Subject) -> Any:
+    """A recipe whose training aims at what the model gives: logits, or embeddings."""
+    if not isinstance(recipe, list) or subject.outputs != "embeddings":
+        return recipe
+    return [step if step["step"] != "finetune" else {**step, "losses": ["hidden", "cosine"]} for step in recipe]
 
 
 def worst_layers(report: Report, n: int = 3) -> str:
@@ -89,7 +99,7 @@ def measure(subject: Subject, recipes: dict[str, Any], console: Console | None =
         if name == _OF_HEADS and output_embeddings(subject.model) is None:
             continue
         start = time.perf_counter()
-        made = tcompress.compress(subject.model, recipe, data=subject.calibration, progress=False)
+        made = tcompress.compress(subject.model, aimed(recipe, subject), data=subject.calibration, progress=False)
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         scores = subject.evaluate(made.model)
