@@ -189,19 +189,19 @@ class QuantizedLinear(PackedModule):
         )
 
     def _static_forward(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        held = self._buffers
-        fixed = (held["input_scale"], held["input_zero_point"])
-        kind = (self._act_bits, self._act_symmetric)
+        held, bits = self._buffers, self._act_bits
+        scale, zero_point = held["input_scale"], held["input_zero_point"]
         weights = (held["qdata"], held["scale"], self._parameters["bias"], held["kernel_weight"])
-        y: torch.Tensor
-        if backend.forced() in GPU_BACKENDS or not input.is_cpu:
-            # The integers in torch, their product in the kernel that takes integers.
-            integers = quantize_static(input, *fixed, *kind)
-            settings = (self._applied_activation, input.dtype, residual)
-            y = backend.call("int8_linear_quantized", *integers, *weights, *settings)
+        activation = self._applied_activation
+        if input.is_cpu and backend.forced() not in GPU_BACKENDS:
+            fixed = (input, scale, zero_point, *weights, bits, self._act_symmetric, activation, None, residual)
+            y: torch.Tensor = backend.call("int8_linear_static", *fixed)
             return y
-        settings = (self._applied_activation, None, residual)
-        y = backend.call("int8_linear_static", input, *fixed, *weights, *kind, *settings)
+        # The integers in torch, their product in the kernel that takes integers.
+        assert bits is not None
+        assert scale is not None
+        integers = quantize_static(input, scale, zero_point, bits, self._act_symmetric)
+        y = backend.call("int8_linear_quantized", *integers, *weights, activation, input.dtype, residual)
         return y
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:

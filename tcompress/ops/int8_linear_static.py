@@ -67,8 +67,8 @@ def reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     integers = quantize(x, input_scale, input_zero_point, act_bits, act_symmetric)
-    weights = (weight, weight_scale, bias, kernel_weight)
-    return product(*integers, *weights, activation, out_dtype or x.dtype, residual)
+    dtype = out_dtype or x.dtype
+    return product(*integers, weight, weight_scale, bias, kernel_weight, activation, dtype, residual)
 
 
 def fake(

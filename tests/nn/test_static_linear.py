@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcompress import Scheme, use_backend
+from tcompress import Scheme, backend, use_backend
 from tcompress.nn import QuantizedLinear
 from tcompress.nn.quantized_linear import multi_linear
 from tcompress.quantize.observers import InputScale
@@ -152,3 +152,17 @@ def test_a_scale_is_of_static_schemes_only():
         QuantizedLinear.from_linear(linear, "W8A8-static")
     with pytest.raises(ValueError, match="QuantizedLinear: input_scale: got one, expected none, for W8A8"):
         QuantizedLinear.from_linear(linear, "W8A8", input_scale("W8A8-static"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:2])
+def test_integers_in_torch_give_the_same(scheme, monkeypatch):
+    """The way on other devices: the integers in torch, then the op that takes integers."""
+    _, module = pair(scheme)
+    x, residual = tokens(5, 37), tokens(5, 29)
+    fused = module(x, residual)
+    called = []
+    call = backend.call
+    monkeypatch.setattr(backend, "forced", lambda: "triton")
+    monkeypatch.setattr(backend, "call", lambda op, *args: called.append(op) or call(op, *args))
+    assert torch.equal(module(x, residual), fused)
+    assert called == ["int8_linear_quantized"]
