@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 
 
 class OnnxWeights:
@@ -21,6 +19,9 @@ class OnnxWeights:
     """
 
     def __init__(self, file: Path, prefix: str) -> None:
+        import onnx  # an extra, which a test run need not have
+        from onnx import numpy_helper
+
         graph = onnx.load(file).graph
         arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         self.named = {name.removeprefix(prefix): _tensor(a) for name, a in arrays.items() if name.startswith(prefix)}
