@@ -256,6 +256,7 @@ def every() -> None:
         two_four(m, F32, n=100, k=300, dtype=F32)
     two_four(64, activation="gelu")
     two_four(8192, BF16)
+    two_four(8192, k=4100)
     two_four(64, F16, dtype=F16)
     for m, size in ((16, (8, 4)), (32, (16, 16)), (64, (32, 16)), (1024, (16, 8)), (1024, (64, 4))):
         block_sparse(m, size, activation="gelu" if m == 64 else "none")

@@ -65,7 +65,7 @@ def linear_args(a: np.ndarray, weight: object, y: np.ndarray, k: int, ldw: int) 
     ("tile", "m", "n", "k", "threads", "blocks", "shared"),
     [
         ("Int8GemmTileILi128E", 130, 129, 150, 128, 4, 65536),
-        ("Int8GemmTileILi64E", 65, 40, 208, 128, 2, 32768),
+        ("Int8GemmTileILi64E", 65, 40, 208, 128, 2, 65536),
         ("Int8GemmTileILi16E", 3, 33, 600, 256, 2, 49152),
     ],
 )

@@ -158,5 +158,5 @@ def test_nothing_is_read_out_of_bounds(at_start):
 
 def test_other_bits_are_refused():
     q = random(1, 1, 3, 32)
-    with pytest.raises(ValueError, match="attention: value_bits: got 4, expected 8 or 16"):
+    with pytest.raises(ValueError, match="attention: value_bits: got 4 with bits=8, expected 16, or 8 with bits=8"):
         attention(q, q, q, value_bits=4)
