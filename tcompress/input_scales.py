@@ -13,6 +13,7 @@ from torch import nn
 from tcompress.calibrate import evaluating, run
 from tcompress.errors import message
 from tcompress.match import Match
+from tcompress.match_attention import holding
 from tcompress.padding import counted
 from tcompress.quantize.observers import InputScale, Observer, observer
 from tcompress.recipe import Quantize
@@ -75,12 +76,9 @@ def _observed(
 ) -> dict[nn.Module, Observer]:
     observers: dict[nn.Module, Observer] = {}
     with evaluating(model), ExitStack() as stack:
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and child in converted:
-                    parent._modules[name] = converted[child]
-                    stack.callback(parent._modules.__setitem__, name, child)
-                    stack.enter_context(evaluating(converted[child]))
+        stack.enter_context(holding(model, converted))
+        for module in converted.values():
+            stack.enter_context(evaluating(module))
         for m in static:
             assert isinstance(m.step, Quantize)
             assert m.step.observer is not None

@@ -22,6 +22,7 @@ from tcompress.footprint import measure
 from tcompress.in_place import InPlace
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
 from tcompress.match import Match
+from tcompress.match_attention import holding
 from tcompress.memory import trim
 from tcompress.memory_plan import MemoryPlan, needs_of, plan
 from tcompress.prune_step import Pruned
@@ -94,14 +95,9 @@ def solve(
     jobs = jobs_of(matches, pruned)
     store = None if resume is None else StageStore(resume, fingerprint(model, recipe, samples))
     with evaluating(model), ExitStack() as stack:
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if (
-                    child is not None and child in converted
-                ):  # torch's attention, whose projections are layers only after that
-                    parent._modules[name] = converted[child]
-                    stack.callback(parent._modules.__setitem__, name, child)
-                    stack.enter_context(evaluating(converted[child]))
+        stack.enter_context(holding(model, converted))
+        for module in converted.values():
+            stack.enter_context(evaluating(module))
         chains = find_chains(model, samples[0])
         owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
         why = "no sequence of blocks to go through"
