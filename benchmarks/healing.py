@@ -1,12 +1,13 @@
-"""How much of what pruning and int8 cost a sentence encoder comes back by distillation, and in how many steps.
+"""How much of what pruning, or shared layers, and int8 cost a sentence encoder comes back by distillation, and when.
 
-    python benchmarks/healing.py [--patterns 8x4 1x4] [--sparsity 0.5] [--algorithm sparsegpt] [--steps 120] [--lr 3e-4]
-        [--losses hidden cosine] [--text FILE] [--checkpoint FOLDER] [--json results.json]
+    python benchmarks/healing.py [--patterns 8x4 1x4] [--share 2 3] [--sparsity 0.5] [--algorithm sparsegpt]
+        [--steps 120] [--lr 3e-4] [--losses hidden cosine] [--text FILE] [--checkpoint FOLDER] [--json results.json]
 
-all-MiniLM-L6-v2 is pruned, and then, once as it is and once after learning its own outputs again, quantized by the
-preset "int8". Judged on the demo's tasks: WordSim-353, and retrieval of the passages of BoolQ's first 300 questions. It
-learns from BoolQ's other questions and passages, from their words one by one, and from the paragraphs of --text. Needs
-`pip install tcompress[demo,train]`. A run with --checkpoint that is stopped goes on where it was.
+all-MiniLM-L6-v2 is pruned, or layers that follow one another are made to share their weights, and then, once as it is
+and once after learning its own outputs again, quantized by the preset "int8". Judged on the demo's tasks: WordSim-353,
+and retrieval of the passages of BoolQ's first 300 questions. It learns from BoolQ's other questions and passages, from
+their words one by one, and from the paragraphs of --text. Needs `pip install tcompress[demo,train]`. A run with
+--checkpoint that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -71,15 +72,27 @@ def metrics(model: nn.Module, tokenizer: Any) -> dict[str, float]:
     return {"WordSim353": wordsim, "BoolQ R@1": retrieval.value, "BoolQ MRR@10": retrieval.second.value}
 
 
+def ways(options: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What the model is made smaller by: by a short name, a long one and the step."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for pattern in options.patterns:
+        step = {"step": "prune", "pattern": pattern, "sparsity": options.sparsity, "algorithm": options.algorithm}
+        found[pattern] = f"{options.sparsity:.0%} {pattern} {options.algorithm}", step
+    for group in options.share:
+        step = {"step": "share", "group": group, "init": options.init}
+        found[f"share{group}"] = f"{group} layers share, {options.init}", step
+    return found
+
+
 def healed(
-    pruned: nn.Module,
+    smaller: nn.Module,
     model: nn.Module,
     tokenizer: Any,
     data: Any,
     before: dict[str, float],
     options: argparse.Namespace,
 ) -> History:
-    """Trains the pruned model with simulated integers, and gives the curve of what it is when it is packed."""
+    """Trains the smaller model with simulated integers, and gives the curve of what it is when it is packed."""
     start = time.perf_counter()
     evaluations = 0
 
@@ -93,9 +106,9 @@ def healed(
         return found
 
     losses = [{"loss": "cosine", "pooled": True} if name == "cosine" else name for name in options.losses]
-    checkpoint = None if options.checkpoint is None else f"{options.checkpoint}/{options.pattern}"
+    checkpoint = None if options.checkpoint is None else f"{options.checkpoint}/{options.way}"
     return tcompress.distill(
-        pruned,
+        smaller,
         model,
         data,
         recipe=Recipe.load("int8"),
@@ -114,7 +127,9 @@ def healed(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patterns", nargs="+", default=["8x4", "1x4"])
+    parser.add_argument("--patterns", nargs="*", default=["8x4", "1x4"], help="of zeros")
+    parser.add_argument("--share", nargs="*", type=int, default=[], help="how many layers share")
+    parser.add_argument("--init", default="best", help="what shared layers begin with: best or mean")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--algorithm", default="sparsegpt")
     parser.add_argument("--samples", type=int, default=32, help="batches that the algorithm sees")
@@ -142,20 +157,19 @@ def main() -> None:
     base = add("float32", known.get("float32") or metrics(model, tokenizer))
     add("int8", known.get("int8") or metrics(packed(model, data), tokenizer))
     results: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}}
-    for pattern in options.patterns:
-        options.pattern, name = pattern, f"{options.sparsity:.0%} {pattern} {options.algorithm}"
-        step = {"step": "prune", "pattern": pattern, "sparsity": options.sparsity, "algorithm": options.algorithm}
-        pruned = tcompress.compress(model, {"steps": [step]}, data=calibration, progress=False).model
-        before = add(f"{name}, int8", metrics(packed(pruned, data), tokenizer))
+    for way, (name, step) in ways(options).items():
+        options.way = way
+        smaller = tcompress.compress(model, {"steps": [step]}, data=calibration, progress=False).model
+        before = add(f"{name}, int8", metrics(packed(smaller, data), tokenizer))
         start = time.perf_counter()
-        history = healed(pruned, model, tokenizer, data, before, options)
+        history = healed(smaller, model, tokenizer, data, before, options)
         seconds = time.perf_counter() - start
         for step_, found in history.metrics[1:-1]:
             rows.append((f"  {step_} steps", found))
         after = add(f"{name}, healed in {options.steps} steps, int8", history.metrics[-1][1])
         part = {k: (after[k] - before[k]) / (base[k] - before[k]) for k in base if base[k] > before[k]}
         add("  part of the loss that came back", part)
-        results[pattern] = {"curve": history.metrics, "losses": history.losses, "seconds": seconds}
+        results[way] = {"curve": history.metrics, "losses": history.losses, "seconds": seconds}
         if options.json:
             options.json.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
     table = Table(title=f"all-MiniLM-L6-v2; {len(data)} batches to learn from, {EVALUATED} questions, 353 pairs")
