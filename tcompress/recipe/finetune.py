@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from tcompress.recipe.losses import AnyLoss
+from tcompress.recipe.learning import Learning, Losses
+from tcompress.recipe.losses import LogitsLoss
 from tcompress.recipe.step import Step
-from tcompress.recipe.training import Training
 
 
-class Finetune(Step, Training):
+class Finetune(Step, Learning):
     """Trains the integers and scales of the layers that `Quantize` steps made, all together, to give what the original
     model gives on the data (`tcompress.distill.learned_integers`). Whatever found the integers is where it begins: gptq
     and the like solve one layer after the other, this makes up for what they leave. It comes after all other steps,
@@ -32,25 +31,7 @@ class Finetune(Step, Training):
     step: Literal["finetune"] = "finetune"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
-    losses: tuple[AnyLoss, ...] = Field(({"loss": "logits", "temperature": 1.0},), min_length=1, validate_default=True)
+    losses: Losses = (LogitsLoss(temperature=1.0),)
     steps: int = Field(100, ge=1)
     lr: float = Field(2e-3, gt=0)
     integer_rate: float = Field(5.0, ge=0)
-    checkpoint: str | None = None
-
-    @field_validator("checkpoint", mode="before")
-    @classmethod
-    def _path(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Finetune:
-        kinds = [loss.loss for loss in self.losses]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"losses: got {kinds}, expected each kind once")
-        return self
-
-    @property
-    def training(self) -> Training:
-        """Its settings of the training alone."""
-        return Training(**{name: getattr(self, name) for name in Training.model_fields})
