@@ -85,6 +85,8 @@ def test_awq_is_closer(outliers, algorithm):
     actions = [layer.action for layer in result.report.layers]
     assert actions.count("awq") == 4
     assert sum(action.startswith("W4A16-g32") for action in actions) == 4
+    assert [layer.action for layer in result.report.prepared] == ["awq"] * 4
+    assert str(result.report).splitlines()[0].strip() == "4 layers compressed, 4 prepared or trained, 0 skipped"
 
 
 def test_awq_never_takes_a_ratio_that_is_worse(outliers):

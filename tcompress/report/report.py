@@ -74,8 +74,17 @@ class Report(BaseModel):
 
     @property
     def compressed(self) -> tuple[LayerReport, ...]:
-        """The modules that were replaced."""
+        """The modules that steps changed."""
         return tuple(layer for layer in self.layers if layer.action != "skipped")
+
+    @property
+    def prepared(self) -> tuple[LayerReport, ...]:
+        """Of those, the ones that were only made ready for other steps, or trained: as large as before, and float."""
+        return tuple(
+            layer
+            for layer in self.compressed
+            if layer.sparsity is None and layer.weight_sqnr_db is None and layer.bytes_after == layer.bytes_before
+        )
 
     @property
     def skipped(self) -> tuple[LayerReport, ...]:
@@ -109,7 +118,10 @@ class Report(BaseModel):
         return text.getvalue().rstrip("\n")
 
     def _layer_table(self) -> Table:
-        table = Table(title=f"{len(self.compressed)} layers compressed, {len(self.skipped)} skipped")
+        ready = len(self.prepared)
+        counts = [f"{len(self.compressed) - ready} layers compressed", f"{len(self.skipped)} skipped"]
+        counts[1:1] = [f"{ready} prepared or trained"] if ready else []
+        table = Table(title=", ".join(counts))
         for heading in ("layer", "type", "shape", "action"):
             table.add_column(heading, overflow="fold")
         for heading in ("zeros", "MiB", "weight SQNR dB", "output SQNR dB"):
