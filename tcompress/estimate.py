@@ -15,12 +15,13 @@ from torch import nn
 from tcompress.calibrate import evaluating
 from tcompress.errors import message
 from tcompress.expected_run import ExpectedRun, MemoryEstimate, TimeEstimate
+from tcompress.expected_training import learning_steps
 from tcompress.layer_job import jobs_of
 from tcompress.match import match
 from tcompress.match_attention import match_attention
 from tcompress.memory import in_units, parse_bytes
 from tcompress.prune_step import prune_masks
-from tcompress.recipe import Recipe, Transform
+from tcompress.recipe import Distill, Recipe, Transform
 from tcompress.samples import Samples
 from tcompress.solve import steps_with_data
 
@@ -59,11 +60,11 @@ class Estimate:
         console.print(self.line, memory, seconds, *self.notes, sep="\n", soft_wrap=True)
 
     def _memory_rows(self) -> list[tuple[str, str]]:
-        names = ("model", "activations", "hessians", "compressed", "work", "peak")
+        names = ("model", "activations", "hessians", "compressed", "work", "training", "peak")
         return [(name, in_units(getattr(self.memory, name))) for name in names]
 
     def _time_rows(self) -> list[tuple[str, str]]:
-        names = ("forward", "statistics", "solving", "comparing", "total")
+        names = ("forward", "statistics", "solving", "comparing", "training", "total")
         return [(name, _seconds(getattr(self.time, name))) for name in names]
 
     def __str__(self) -> str:
@@ -85,10 +86,11 @@ def estimate(
 ) -> Estimate:
     """What `compress` with the same arguments will take: memory at the peak, and time.
 
-    Sizes are counted, from the tensors that live while the model runs on the first sample. Time comes from that, from a
-    matrix product, and from solving layers of each size, the small ones first, until `seconds` are over; larger ones
-    are taken in proportion to N·K² + K³, or to N·K without Hessians. The machine's other work is in it. A step that
-    makes another model in floating point (smooth, awq, rotate, shrink, distill, …) is not, and `notes` says so.
+    Sizes are counted, from the tensors that live while the model runs on the first sample. Time comes from that, from
+    a matrix product, and from solving layers of each size, the small ones first, until `seconds` are over; larger ones
+    are taken in proportion to N·K² + K³, or to N·K without Hessians. A step of training (distill, finetune) is taken
+    for four forward passes a batch. The machine's other work is in it. Other steps that make another model in floating
+    point (smooth, awq, rotate, shrink, …) are not, and `notes` says so.
 
     Args:
         model: is not changed.
@@ -103,10 +105,12 @@ def estimate(
     limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
     samples = [] if data is None else Samples(data, model, tokenizer, max_length).read("estimate")
     needing = steps_with_data(recipe)
-    if needing and not samples:
-        raise ValueError(message("estimate", "data", "none", "calibration samples", f"{needing[0].step} needs them"))
+    for step in [*needing, *learning_steps(recipe)]:
+        if not samples:
+            raise ValueError(message("estimate", "data", "none", "calibration samples", f"{step.step} needs them"))
     transforms = [step.step for step in recipe.steps if isinstance(step, Transform)]
-    notes = [f"not in it: {', '.join(transforms)}"] if transforms else []
+    unknown = [step.step for step in recipe.steps if isinstance(step, Transform) and not isinstance(step, Distill)]
+    notes = [f"not in it: {', '.join(unknown)}"] if unknown else []
     attentions, attention_skips = match_attention(model, recipe)
     converted = {m.module: m.converted for m in attentions if m.converted is not None}
     pruned, skips = prune_masks(model, recipe, converted)
@@ -117,7 +121,7 @@ def estimate(
     jobs = jobs_of(matches, pruned)
     with evaluating(model):
         limit = limit if needing else None
-        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe.inputs)
+        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe)
         memory, spent = run.memory(), run.time(seconds)
     return Estimate(memory, spent, len(samples), len(jobs), tuple(notes))
 

@@ -14,6 +14,7 @@ from tcompress import replace
 from tcompress.blocks import find_chains
 from tcompress.calibrate import run
 from tcompress.distances import PIECE
+from tcompress.expected_training import learning_steps, training_memory, training_seconds
 from tcompress.footprint import Footprint, measure
 from tcompress.in_place import with_solution
 from tcompress.layer_job import Job, Solution, tied_across
@@ -23,7 +24,7 @@ from tcompress.memory_plan import MemoryPlan, Needs, needs_of, plan
 from tcompress.quantize.autoround import RoundedWeight
 from tcompress.quantize.range_search import find_grid
 from tcompress.quantize.scheme import Scheme
-from tcompress.recipe import Quantize
+from tcompress.recipe import Quantize, Recipe
 from tcompress.report.size import model_sizes
 from tcompress.solve_layer import solve_layer
 from tcompress.statistics import InputStatistics
@@ -45,6 +46,7 @@ class MemoryEstimate:
         hessians: of layers' inputs.
         compressed: what layers became by then.
         work: one sample on its way through a block or the model, and what solving a layer takes.
+        training: a copy that is trained, with its gradients and its optimizer.
         when: in which part of the run that is.
     """
 
@@ -54,10 +56,11 @@ class MemoryEstimate:
     compressed: int
     work: int
     when: str
+    training: int = 0
 
     @property
     def peak(self) -> int:
-        return self.model + self.activations + self.hessians + self.compressed + self.work
+        return self.model + self.activations + self.hessians + self.compressed + self.work + self.training
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,18 @@ class TimeEstimate:
         statistics: Hessians of layers' inputs.
         solving: layers.
         comparing: layers' outputs with what they were, for the report.
+        training: all steps that train.
     """
 
     forward: float
     statistics: float
     solving: float
     comparing: float
+    training: float
 
     @property
     def total(self) -> float:
-        return self.forward + self.statistics + self.solving + self.comparing
+        return self.forward + self.statistics + self.solving + self.comparing + self.training
 
 
 class ExpectedRun:
@@ -93,9 +98,17 @@ class ExpectedRun:
         limit: int | None,
         by_data: bool,
         inplace: bool,
-        inputs: str,
+        recipe: Recipe,
     ) -> None:
-        self._model, self._samples, self._jobs, self._inplace, self._inputs = model, samples, jobs, inplace, inputs
+        self._batches, samples = samples, samples[: recipe.samples]
+        self._model, self._samples, self._jobs, self._inplace, self._inputs = (
+            model,
+            samples,
+            jobs,
+            inplace,
+            recipe.inputs,
+        )
+        self._learning = learning_steps(recipe)
         self._match = {m.module: m for m in matches}
         known = {job.module for job in jobs}
         #: Embeddings are packed, not solved.
@@ -144,6 +157,9 @@ class ExpectedRun:
             found.append(MemoryEstimate(model, 0, 0, compressed + rest, needs.whole, when))
         else:
             found.append(MemoryEstimate(kept, 0, 0, compressed, needs.whole, "comparing outputs"))
+        training, batch = training_memory(self._model, self._learning, self._jobs, self._batches)
+        if training:
+            found.append(MemoryEstimate(model, 0, 0, compressed, batch, "training", training))
         return max(found, key=lambda part: part.peak)
 
     def _of_stages(self, done: dict[Any, int]) -> list[int]:
@@ -174,7 +190,8 @@ class ExpectedRun:
             comparing = whole + blocks if not (self._inplace and self._by_data) else blocks
         solving = _solving_seconds(self._all, self._match, budget, self._by_data)
         solving += self._learning_seconds(blocks)
-        return TimeEstimate(forward, statistics, solving, comparing)
+        training = training_seconds(self._learning, whole / self._parts, self._batches) if self._samples else 0.0
+        return TimeEstimate(forward, statistics, solving, comparing, training)
 
     def _statistics_seconds(self) -> float:
         wanted = {job.module for job in self._jobs if job.needs_hessian or job.needs_original}

@@ -21,6 +21,7 @@ GPTQ = {"step": "quantize", "scheme": "W4A16-g32", "algorithm": "gptq"}
 SPARSEGPT = {"step": "prune", "pattern": "unstructured", "sparsity": 0.5, "algorithm": "sparsegpt"}
 WANDA = {**SPARSEGPT, "algorithm": "wanda"}
 AUTOROUND = {**GPTQ, "algorithm": "autoround", "iterations": 4}
+FINETUNE = {"step": "finetune", "steps": 2}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
@@ -51,6 +52,9 @@ def measured(model, recipe, **options):
         ({"steps": [SPARSEGPT]}, False),
         ({"steps": [SPARSEGPT]}, True),
         ({"steps": [AUTOROUND]}, False),
+        ({"steps": [GPTQ, FINETUNE]}, False),
+        ({"steps": [GPTQ, FINETUNE], "samples": 2}, True),
+        ({"steps": [FINETUNE | {"step": "distill", "lr": 1e-3}, {"scheme": "W8A8"}]}, False),
     ],
 )
 def test_memory_is_within_half_of_what_is_measured(recipe, inplace):
@@ -102,6 +106,25 @@ def test_layers_that_were_not_measured_are_taken_in_proportion(monkeypatch):
         assert found.time.solving == pytest.approx(2 * cost * 1e-6)
 
 
+@pytest.mark.parametrize("step", ["finetune", "distill"])
+def test_training(step):
+    def seconds(**options):
+        steps = [GPTQ, {**FINETUNE, "step": step, **options}]
+        return tcompress.estimate(llama(), {"steps": steps}, data(), seconds=0).time.training
+
+    short, long, accumulated = seconds(), seconds(steps=50), seconds(steps=50, accumulate=4)
+    assert 2 * short < long < accumulated / 2
+    assert tcompress.estimate(llama(), {"steps": [GPTQ]}, data(), seconds=0).time.training == 0
+
+
+def test_only_the_recipes_samples_are_solved_on():
+    few, all_of_them = (
+        tcompress.estimate(llama(), {"steps": [GPTQ], "samples": n}, data(60), seconds=0) for n in (3, None)
+    )
+    assert 20 * few.memory.activations == all_of_them.memory.activations
+    assert 5 * few.time.statistics < all_of_them.time.statistics
+
+
 def test_without_data():
     found = tcompress.estimate(llama(), "int8")
     assert found.memory.activations == found.memory.hessians == 0
@@ -109,6 +132,8 @@ def test_without_data():
     assert found.samples == 0
     with pytest.raises(ValueError, match="estimate: data: got none, expected calibration samples"):
         tcompress.estimate(llama(), {"steps": [GPTQ]})
+    with pytest.raises(ValueError, match="estimate: data: got none, expected calibration samples; finetune needs"):
+        tcompress.estimate(llama(), {"steps": [{"scheme": "W4A16"}, FINETUNE]})
     with pytest.raises(TypeError, match="estimate: model"):
         tcompress.estimate("llama")
 
@@ -116,7 +141,18 @@ def test_without_data():
 def test_what_it_says():
     found = tcompress.estimate(llama(), {"steps": [{"step": "smooth"}, GPTQ]}, data(), seconds=0)
     text = str(found)
-    for word in ("model", "activations", "hessians", "compressed", "work", "peak", "solving", "total", "6 samples"):
+    for word in (
+        "model",
+        "activations",
+        "hessians",
+        "compressed",
+        "work",
+        "peak",
+        "solving",
+        "training",
+        "total",
+        "6 samples",
+    ):
         assert word in text
     assert found.notes == ("not in it: smooth",)
     assert "not in it: smooth" in text
