@@ -17,7 +17,7 @@ from tcompress.report.size import model_sizes
 from tcompress.weights import linear_weight
 
 #: A batch costs the teacher a forward pass, and the student one and a backward pass, which is as long as two.
-_PASSES = 4
+PASSES = 4
 #: Bytes of a float32 parameter's gradient and of AdamW's two means.
 _OPTIMIZER = 12
 #: Bytes beside these that each integer in training has: itself, how far it moved (float32), and what a step keeps for
@@ -38,7 +38,7 @@ def training_seconds(steps: list[Learning], first: float, samples: list[Any]) ->
     """
     sizes = [nbytes_of(sample) for sample in samples]
     mean = first * sum(sizes) / len(sizes) / max(sizes[0], 1)
-    return sum(step.steps * step.accumulate for step in steps) * _PASSES * mean
+    return sum(step.steps * step.accumulate for step in steps) * PASSES * mean
 
 
 def training_memory(model: nn.Module, steps: list[Learning], jobs: list[Job], samples: list[Any]) -> tuple[int, int]:

@@ -17,10 +17,12 @@ from torch import nn
 from tcompress import calibrate, distances
 from tcompress.advisor.advice import Advice, Measured, misses, misses_in_quality, ranked
 from tcompress.advisor.candidates import Candidate, candidates, checked, with_sensitive_layers_in_8_bits
+from tcompress.advisor.follow_ups import follow_ups
 from tcompress.advisor.profile import Profile, kernel_seconds, name_of, profile
 from tcompress.advisor.target import Target
 from tcompress.compress import CompressResult, compress
 from tcompress.errors import CompressionWarning, message
+from tcompress.match import output_embeddings
 from tcompress.quantize.scheme import SCHEMES, Scheme, int8_scheme
 from tcompress.report.size import model_sizes
 from tcompress.samples import Samples
@@ -99,30 +101,41 @@ def advise(
     else:
         kind = "metric"
     bench = _Bench(model, fit, metric, wanted, maximize, seconds, _as_it_is(model, metric))
-    tried = _try_all(bench, about, checked(candidates) if candidates is not None else None, progress)
+    tried, untried = _try_all(bench, about, checked(candidates) if candidates is not None else None, progress)
     baseline = bench.baseline
     times = [row.seconds * row.speedup for row in tried if row.seconds is not None and row.speedup is not None]
     if times:
         baseline = baseline.model_copy(update={"seconds": statistics.median(times), "speedup": 1.0})
     rows = _with_reasons(ranked(tried), baseline)
-    notes = [*([] if cleaned is None else cleaned.notes), *_notes(about, baseline)]
+    notes = [*([] if cleaned is None else cleaned.notes), *_notes(about, baseline), *untried]
     return Advice(target=wanted, baseline=baseline, rows=rows, notes=tuple(notes), metric=kind)
 
 
-def _try_all(bench: _Bench, about: Profile, given: list[Candidate] | None, progress: bool) -> list[Measured]:
-    queue = candidates(about, bench.fit is not None) if given is None else given
+def _try_all(
+    bench: _Bench, about: Profile, given: list[Candidate] | None, progress: bool
+) -> tuple[list[Measured], list[str]]:
+    """What was measured, and what was not, with the reason."""
     show = progress and get_console().is_terminal
     rows: list[Measured] = []
     more: list[Candidate] = []
-    for candidate in track(queue, "trying recipes", disable=not show, transient=True):
-        row, result = _try(bench, candidate)
-        rows.append(row)
-        if given is None and result is not None and bench.fit is not None and "int4" in candidate.name:
-            mixed = with_sensitive_layers_in_8_bits(candidate, result.report)
-            more += [] if mixed is None else [mixed]
-        del result
-    rows += [_try(bench, candidate)[0] for candidate in track(more, "more", disable=not show, transient=True)]
-    return rows
+
+    def go_through(queue: Sequence[Candidate], what: str) -> None:
+        for candidate in track(queue, what, disable=not show, transient=True):
+            row, result = _try(bench, candidate)
+            rows.append(row)
+            if given is None and result is not None and bench.fit is not None and "int4" in candidate.name:
+                mixed = with_sensitive_layers_in_8_bits(candidate, result.report)
+                more.extend([] if mixed is None else [mixed])
+
+    go_through(candidates(about, bench.fit is not None) if given is None else given, "trying recipes")
+    if given is not None or bench.fit is None:
+        return rows, []
+    times = [row.seconds * row.speedup for row in rows if row.seconds is not None and row.speedup is not None]
+    seconds = statistics.median(times) if times else None
+    logits = output_embeddings(bench.model) is not None
+    found, untried = follow_ups(rows, bench.target, bench.maximize, seconds, logits)
+    go_through([*more, *found], "trying more")
+    return rows, untried
 
 
 def _split(samples: list[Any] | None) -> tuple[list[Any] | None, list[Any] | None]:

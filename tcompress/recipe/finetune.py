@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from tcompress.recipe.learning import Learning, Losses
-from tcompress.recipe.losses import LogitsLoss
 from tcompress.recipe.step import Step
 
 
@@ -31,7 +30,7 @@ class Finetune(Step, Learning):
     step: Literal["finetune"] = "finetune"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
-    losses: Losses = (LogitsLoss(temperature=1.0),)
+    losses: Losses = Field(({"loss": "logits", "temperature": 1.0},), validate_default=True)
     steps: int = Field(100, ge=1)
     lr: float = Field(2e-3, gt=0)
     integer_rate: float = Field(5.0, ge=0)

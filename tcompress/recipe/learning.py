@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from tcompress.recipe.losses import AnyLoss, LogitsLoss
+from tcompress.recipe.losses import AnyLoss
 from tcompress.recipe.training import Training
 
 
@@ -23,7 +23,7 @@ def _each_once(losses: tuple[AnyLoss, ...]) -> tuple[AnyLoss, ...]:
 
 
 #: What is minimised: a kind of loss at most once.
-Losses = Annotated[tuple[AnyLoss, ...], Field(min_length=1, validate_default=True), AfterValidator(_each_once)]
+Losses = Annotated[tuple[AnyLoss, ...], Field(min_length=1), AfterValidator(_each_once)]
 #: A folder, from a path too.
 Folder = Annotated[str | None, BeforeValidator(_as_text)]
 
@@ -31,7 +31,8 @@ Folder = Annotated[str | None, BeforeValidator(_as_text)]
 class Learning(Training):
     """A step that trains a model to give what the original gives."""
 
-    losses: Losses = (LogitsLoss(),)
+    step: str
+    losses: Losses = Field(("logits",), validate_default=True)
     checkpoint: Folder = None
 
     @property
