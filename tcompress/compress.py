@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import get_console
 from torch import nn
 
@@ -38,6 +39,7 @@ class CompressResult:
     report: Report
 
 
+@torch.inference_mode(False)  # of its tensors no model could be trained, or compiled, later
 def compress(
     model: nn.Module,
     recipe: str | Path | dict[str, Any] | Recipe = "int8",
@@ -130,7 +132,7 @@ def compress(
         warnings=tuple(notes),
     )
     for note in notes:
-        warnings.warn(f"compress: {note}", CompressionWarning, stacklevel=2)
+        warnings.warn(f"compress: {note}", CompressionWarning, stacklevel=3)  # one is the decorator's
     return CompressResult(swapped.model, report)
 
 

@@ -20,9 +20,9 @@ from tcompress.distill.distiller import Distiller
 from tcompress.distill.effective import Effective, computing_with
 from tcompress.distill.fake_quantize import simulated
 from tcompress.distill.gradual import GradualPruning
-from tcompress.distill.modes import digest, training_modes
+from tcompress.distill.modes import digest, gradients, training_modes
 from tcompress.distill.movement import MovementPruning
-from tcompress.distill.trainer import History, train
+from tcompress.distill.trainer import History, check_accelerate, train
 from tcompress.errors import CompressionWarning, message
 from tcompress.match import COMPRESSED, any_matches, module_names, output_embeddings
 from tcompress.prune_step import prune_masks
@@ -30,6 +30,7 @@ from tcompress.recipe import Distill, Prune, Recipe
 from tcompress.recipe.training_prune import TrainingPrune
 from tcompress.report.report import LayerReport
 from tcompress.report.size import model_sizes
+from tcompress.resume import digest_of
 from tcompress.transform import Work, transforms
 
 _METHODS: dict[str, type[Constraint]] = {
@@ -107,6 +108,7 @@ def distill(
     return result
 
 
+@gradients()
 def _distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -117,6 +119,7 @@ def _distill(
     progress: bool,
 ) -> DistillResult:
     _check_student(student)
+    check_accelerate("distill")
     batches = Batches(data, config.seed)
     effective: dict[nn.Module, Effective] = {}
     notes: list[str] = []
@@ -247,4 +250,5 @@ def _fingerprint(
         "teacher": digest(teacher),
         "simulated layers": sorted(names[module] for module in effective),
         "batches": None if batches.held is None else len(batches.held),
+        "data": digest_of(batches.first if batches.held is None else batches.held),
     }

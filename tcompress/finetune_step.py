@@ -18,18 +18,20 @@ from tcompress.distill.distiller import Distiller
 from tcompress.distill.effective import Effective, computing_with
 from tcompress.distill.fake_quantize import fake_quantize_input
 from tcompress.distill.learned_integers import LearnedIntegers
-from tcompress.distill.modes import digest, training_modes
-from tcompress.distill.trainer import train
+from tcompress.distill.modes import digest, gradients, training_modes
+from tcompress.distill.trainer import check_accelerate, train
 from tcompress.errors import message
 from tcompress.layer_job import Key
 from tcompress.match import Match, any_matches, ignored, output_embeddings
 from tcompress.match_attention import holding
+from tcompress.nn import QuantizedLinear, SparseLinear
 from tcompress.packing import PackedWeight
 from tcompress.prune_step import Pruned
 from tcompress.quantize import round_to_nearest
 from tcompress.recipe import Finetune, Quantize, Recipe
-from tcompress.replace import copied_model
+from tcompress.replace import PackedKey, copied_model, packed_key
 from tcompress.report.report import LayerReport
+from tcompress.resume import digest_of
 from tcompress.solve_layer import integers
 from tcompress.weights import linear_weight, weight_key
 
@@ -39,6 +41,24 @@ def finetune_step(recipe: Recipe) -> Finetune | None:
     return next((step for step in recipe.steps if isinstance(step, Finetune)), None)
 
 
+def check_finetune(model: nn.Module, step: Finetune, matches: Sequence[Match]) -> None:
+    """What can be known before layers are solved.
+
+    Raises:
+        ImportError: accelerate is not installed. ValueError: nothing to train, or a model that is compressed in part.
+    """
+    check_accelerate("finetune")
+    packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear | SparseLinear)]
+    if packed:
+        got = f"{len(packed)} compressed layers ({packed[0]} …)"
+        hint = "nothing passes gradients through them; let one recipe do all"
+        raise ValueError(message("finetune", "model", got, "a model in floating point", hint))
+    if not _trained(model, matches, step):
+        got = f"{list(step.targets)}, which match no layer with integers of its own"
+        raise ValueError(message("finetune", "targets", got, "at least one"))
+
+
+@gradients()
 def finetune(
     model: nn.Module,
     teacher: nn.Module,
@@ -69,6 +89,7 @@ def finetune(
     """
     if samples is None:
         raise ValueError(message("compress", "data", "none", "calibration samples", "finetune: it trains on them"))
+    matches = _with_shared_integers(matches)
     trained = _trained(model, matches, step)
     if not trained:
         got = f"{list(step.targets)}, which match no layer with integers of its own"
@@ -105,8 +126,10 @@ def finetune(
             fingerprint={
                 "finetune": settings,
                 "model": digest(model),
+                "teacher": digest(teacher),
                 "integers": _digest_of(trained.values()),
                 "batches": len(samples),
+                "data": digest_of(samples),
             },
             progress=progress,
         )
@@ -118,27 +141,36 @@ def finetune(
     report = LayerReport(
         name="", kind=type(model).__name__, action="finetuned", reason=reason, shape=(), bytes_before=0, bytes_after=0
     )
-    return [dataclasses.replace(m, solved=found[_key(m)]) if _key(m) in found else m for m in matches], report
+    return [_with_integers(m, found) for m in matches], report
 
 
-def _key(m: Match) -> tuple[Key, int, Any]:
-    """Equal for layers that hold one weight."""
-    return weight_key(m.module), id(m.mask), m.scheme
+def _with_shared_integers(matches: Sequence[Match]) -> list[Match]:
+    """Of layers that will hold the same integers, one that was solved says what they are (`replace.compressed`)."""
+    known: dict[PackedKey, PackedWeight] = {}
+    for m in matches:
+        if isinstance(m.step, Quantize) and isinstance(m.solved, PackedWeight):
+            known.setdefault(packed_key(m), m.solved)
+    return [_with_integers(m, known) for m in matches]
 
 
-def _trained(model: nn.Module, matches: Sequence[Match], step: Finetune) -> dict[tuple[Key, int, Any], Match]:
+def _with_integers(m: Match, known: Mapping[PackedKey, PackedWeight]) -> Match:
+    found = known.get(packed_key(m)) if isinstance(m.step, Quantize) else None
+    return m if found is None else dataclasses.replace(m, solved=found)
+
+
+def _trained(model: nn.Module, matches: Sequence[Match], step: Finetune) -> dict[PackedKey, Match]:
     """The layers whose integers are trained, of those with one weight the first. All of one weight have to be such."""
     head = output_embeddings(model)
-    found: dict[tuple[Key, int, Any], Match] = {}
+    found: dict[PackedKey, Match] = {}
     fixed: set[Key] = set()
     for m in matches:
         plain = isinstance(m.step, Quantize) and m.outliers is None and not isinstance(m.module, nn.Embedding)
         meant = any_matches(step.targets, list(m.names), m.module) and not ignored(step, list(m.names), m.module, head)
         if plain and meant:
-            found.setdefault(_key(m), m)
+            found.setdefault(packed_key(m), m)
         else:
             fixed.add(weight_key(m.module))
-    return {key: m for key, m in found.items() if key[0] not in fixed}
+    return {key: m for key, m in found.items() if weight_key(m.module) not in fixed}
 
 
 def _packed(m: Match) -> PackedWeight:
@@ -160,7 +192,7 @@ def _effective(
     student: nn.Module,
     matches: Sequence[Match],
     pruned: Mapping[nn.Module, Pruned],
-    trained: Mapping[Any, Match],
+    trained: Mapping[PackedKey, Match],
     constraint: LearnedIntegers,
 ) -> dict[nn.Module, Effective]:
     """How the student's layers compute: as the recipe's will. Attention stays in floating point."""
@@ -168,21 +200,20 @@ def _effective(
     effective: dict[nn.Module, Effective] = {}
     for m in matches:
         layer = student.get_submodule(m.names[0])
-        own = trained.get(_key(m))
+        own = trained.get(packed_key(m)) if isinstance(m.step, Quantize) else None
         fixed = None if own is not None else partial(_always, _computed(m))
         weight = fixed or maps[student.get_submodule(own.names[0])]  # type: ignore[union-attr]
         activations = None if m.scheme is None or isinstance(m.module, nn.Embedding) else m.scheme.activations
-        quantizer = None if activations is None else partial(fake_quantize_input, args=activations, fixed=m.input_scale)
-        effective[layer] = Effective([weight], quantizer)
-        if m.bias is not None:
-            assert isinstance(layer.bias, nn.Parameter)
-            layer.bias.data.copy_(m.bias)
+        quantizer = None
+        if activations is not None:
+            quantizer = partial(fake_quantize_input, args=activations, fixed=m.input_scale, outliers=m.outliers)
+        effective[layer] = Effective([weight], quantizer, None if m.bias is None else m.bias.detach())
     for module, p in pruned.items():
         layer = student.get_submodule(p.names[0])
         if layer not in effective:
             assert p.weight is not None or p.mask is not None
-            kept = linear_weight(module).detach().masked_fill(~p.mask, 0) if p.weight is None else p.weight  # type: ignore[operator]
-            effective[layer] = Effective([partial(_always, kept)])
+            kept = linear_weight(module).masked_fill(~p.mask, 0) if p.weight is None else p.weight  # type: ignore[operator]
+            effective[layer] = Effective([partial(_always, kept.detach())])
     return effective
 
 
@@ -190,6 +221,7 @@ def _always(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return value.to(weight.dtype)
 
 
+@torch.no_grad()
 def _computed(m: Match) -> torch.Tensor:
     """What a layer that is not trained will multiply by, or look up in, [N, K]."""
     if isinstance(m.step, Quantize):

@@ -52,10 +52,10 @@ class Match:
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, K], as it is to be stored or to be quantized."""
+        """[N, K], as it is to be stored or to be quantized; without a gradient's history."""
         if isinstance(self.solved, torch.Tensor):
-            return self.solved
-        weight = linear_weight(self.module)
+            return self.solved.detach()
+        weight = linear_weight(self.module).detach()
         return weight if self.mask is None else weight.masked_fill(~self.mask, 0)
 
 

@@ -25,9 +25,17 @@ from tcompress.recipe import Sparse
 from tcompress.solve_layer import integers
 from tcompress.weights import is_conv1d, is_masked_by_torch, linear_bias, linear_weight, weight_key
 
-#: The modules around a quantized weight so far, by the weight, whether it is stored transposed, its mask and how it is
-#: quantized. The integers are theirs: a second copy, in the storage layout, would be as large as the compressed model.
-PackedCache = dict[tuple[int, bool, int, QuantArgs], list[PackedModule]]
+#: By the weight, whether it is stored transposed, its mask and how it is quantized.
+PackedKey = tuple[int, bool, int, QuantArgs]
+#: The modules around a quantized weight so far. The integers are theirs: a second copy, in the storage layout, would be
+#: as large as the compressed model.
+PackedCache = dict[PackedKey, list[PackedModule]]
+
+
+def packed_key(match: Match) -> PackedKey:
+    """Equal for modules that hold the same integers."""
+    assert match.scheme is not None
+    return (*weight_key(match.module), id(match.mask), match.scheme.weights)
 
 
 def compressed(match: Match, cache: PackedCache) -> nn.Module:
@@ -40,8 +48,7 @@ def compressed(match: Match, cache: PackedCache) -> nn.Module:
         return _sparse(match, match.step)
     module, scheme = match.module, match.scheme
     assert scheme is not None
-    key = (*weight_key(module), id(match.mask), scheme.weights)
-    modules = cache.setdefault(key, [])
+    modules = cache.setdefault(packed_key(match), [])
     if modules:
         packed = modules[0].packed
     elif isinstance(match.solved, PackedWeight):

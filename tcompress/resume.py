@@ -40,6 +40,13 @@ def fingerprint(model: nn.Module, recipe: Recipe, samples: Sequence[Any]) -> str
     return digest.hexdigest()
 
 
+def digest_of(values: Any) -> str:
+    """Of tensors, and of mappings and sequences of such."""
+    digest = hashlib.blake2b(digest_size=20)
+    _add(digest, values)
+    return digest.hexdigest()
+
+
 def _add(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype} {list(value.shape)}\n".encode())

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import nn
 
 from tcompress import attention_step, calibrate, memory, replace
-from tcompress.finetune_step import finetune, finetune_step
+from tcompress.finetune_step import check_finetune, finetune, finetune_step
 from tcompress.fuse import fuse
 from tcompress.in_place import InPlace, with_solution
 from tcompress.input_scales import has_static, with_input_scales
@@ -85,6 +85,8 @@ def swap_layers(
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):
         notes.append("no layer was pruned")
     tune = finetune_step(recipe)
+    if tune is not None:
+        check_finetune(model, tune, matches)
     every: list[Any] | None = None
     if data is not None and (tune is not None or recipe.samples is not None):
         every = list(calibrate.batches(data))

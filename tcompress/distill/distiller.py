@@ -49,7 +49,7 @@ class Distiller(nn.Module):
         self._attention = any(term.needs_attention for term in self._terms)
         hidden = any(term.needs_hidden for term in self._terms)
         with evaluating(student), evaluating(teacher):
-            plain = without_labels(batch)
+            plain = without_labels(teacher, batch)
             self._chains = _chains(student, teacher, plain) if hidden else [[], []]
             own, its = (
                 see(m, batch, c, self._attention) for m, c in zip((student, teacher), self._chains, strict=True)

@@ -24,10 +24,12 @@ class Effective:
     Attributes:
         weight: maps, one after the other, from the weight [N, K] to the one that is multiplied by.
         input: a map of a linear layer's input [..., K], or None.
+        bias: [N], in place of its own, or None.
     """
 
     weight: list[TensorMap] = field(default_factory=list)
     input: TensorMap | None = None
+    bias: torch.Tensor | None = None
 
     def weight_of(self, module: nn.Module) -> torch.Tensor:
         """[N, K], as it is multiplied by."""
@@ -56,7 +58,8 @@ def _forward(module: nn.Module, effective: Effective) -> Any:
 
     def linear(input: torch.Tensor) -> torch.Tensor:
         x = input if effective.input is None else effective.input(input)
-        return F.linear(x, effective.weight_of(module), module.bias)  # type: ignore[arg-type]
+        bias: Any = module.bias if effective.bias is None else effective.bias
+        return F.linear(x, effective.weight_of(module), bias)
 
     return linear
 

@@ -30,9 +30,18 @@ def fake_quantize_weight(weight: torch.Tensor, args: QuantArgs, range: Range = "
     return straight_through(weight, round_to_nearest(weight.detach(), args, range=range).dequantize(weight.dtype))
 
 
-def fake_quantize_input(x: torch.Tensor, args: QuantArgs, fixed: InputScale | None = None) -> torch.Tensor:
+def fake_quantize_input(
+    x: torch.Tensor, args: QuantArgs, fixed: InputScale | None = None, outliers: torch.Tensor | None = None
+) -> torch.Tensor:
     """The same for a layer's input [..., K], by `ops.quantize_per_token`, the quantization that its kernels apply,
-    or by a scale that data fixed: what that clips keeps its gradient too."""
+    or by a scale that data fixed: what that clips keeps its gradient too.
+
+    Args:
+        outliers: int64 [C], columns that stay as they are, and have no part in a token's scale (`nn.OutlierLinear`).
+    """
+    if outliers is not None:
+        rest = fake_quantize_input(x.index_fill(-1, outliers, 0), args, fixed)
+        return rest.index_copy(-1, outliers, x.index_select(-1, outliers))
     if fixed is None:
         q, scale, zero_point = quantize(x.detach(), args.bits, args.symmetric)
     else:

@@ -11,6 +11,13 @@ from torch import nn
 
 
 @contextmanager
+def gradients() -> Iterator[None]:
+    """Within, gradients are kept, whatever the caller is under; of use as a decorator too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def training_modes(
     student: nn.Module, teacher: nn.Module, parameters: list[nn.Parameter], dropout: bool
 ) -> Iterator[None]:

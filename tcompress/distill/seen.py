@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tcompress.activations import tensors_in
 from tcompress.calibrate import first_tensor, run
 from tcompress.errors import message
+from tcompress.padding import as_mask, named
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,27 @@ def see(model: nn.Module, batch: Any, chains: Sequence[Sequence[nn.Module]], att
                     stack.callback(block.register_forward_hook(watch.end).remove)
         if attention:
             stack.enter_context(watch)
-        result = run(model, without_labels(batch))
-    return Seen(output_of(result), tokens_of(batch), hidden, calls)
+        result = run(model, without_labels(model, batch))
+    return Seen(output_of(result), tokens_of(model, batch), hidden, calls)
 
 
-def without_labels(batch: Any) -> Any:
-    """The batch as the models get it: the losses are computed outside of them."""
-    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
+def without_labels(model: nn.Module, batch: Any) -> Any:
+    """The batch as the model gets it: the losses are computed outside of it. A model with an encoder and a decoder that
+    is given no tokens for its decoder makes them from the labels, as it would by itself."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return batch
+    plain = {k: v for k, v in batch.items() if k != "labels"}
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes or batch["labels"] is None or {"decoder_input_ids", "decoder_inputs_embeds"} & plain.keys():
+        return plain
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return batch if shifted is None else {**plain, "decoder_input_ids": shifted(labels=batch["labels"])}
 
 
-def tokens_of(batch: Any) -> torch.Tensor | None:
+def tokens_of(model: nn.Module, batch: Any) -> torch.Tensor | None:
     """bool [B, T] of a batch's `attention_mask`, or None."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    parameters = () if isinstance(batch, Mapping) else tuple(inspect.signature(model.forward).parameters)
+    return as_mask(named(batch, parameters).get("attention_mask"))
 
 
 def output_of(result: Any) -> torch.Tensor:

@@ -39,19 +39,39 @@ class History:
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
-def accelerator(device: torch.device, mixed_precision: str = "no") -> Any:
+def check_accelerate(where: str) -> None:
+    """Raises ImportError unless accelerate is installed."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{where}: accelerate: got {error}, expected it; pip install tcompress[train]") from error
+
+
+@contextmanager
+def accelerator(device: torch.device, mixed_precision: str = "no") -> Iterator[Any]:
     """The engine for a model on this device; under `accelerate launch` one of several processes.
+
+    Its settings are accelerate's for the whole process: those of a training around this one, or before it, are set
+    aside meanwhile.
 
     Raises:
         ImportError: accelerate is not installed.
     """
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ImportError(f"distill: accelerate: got {error}, expected it; pip install tcompress[train]") from error
+    check_accelerate("distill")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
     # A loss need not reach all of a model: that on blocks leaves the head without gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[unused])
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._shared_state.clear()
+    try:
+        engine = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[unused])
+        yield engine
+        engine.free_memory()
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
 
 
 def train(
@@ -87,14 +107,25 @@ def train(
     everything = [*parameters, *(p for constraint in constraints for p in constraint.parameters())]
     if not everything:
         raise ValueError(message("distill", "targets", "no parameters to train", "at least one"))
-    engine = accelerator(everything[0].device, options.mixed_precision)
-    run = _Run(module, engine, options, list(parameters), list(constraints))
-    source = Batches(data, options.seed, engine.process_index, engine.num_processes)
-    folder = None if checkpoint is None else Path(checkpoint)
-    settings = json.loads(
-        json.dumps({"training": options.model_dump(exclude={"eval_every", "save_every"}), **(fingerprint or {})})
-    )
-    history = History()
+    with accelerator(everything[0].device, options.mixed_precision) as engine:
+        run = _Run(module, engine, options, list(parameters), list(constraints))
+        source = Batches(data, options.seed, engine.process_index, engine.num_processes)
+        folder = None if checkpoint is None else Path(checkpoint)
+        settings = json.loads(
+            json.dumps({"training": options.model_dump(exclude={"eval_every", "save_every"}), **(fingerprint or {})})
+        )
+        return _trained(run, source, folder, settings, evaluate, progress)
+
+
+def _trained(
+    run: _Run,
+    source: Batches,
+    folder: Path | None,
+    settings: dict[str, Any],
+    evaluate: Evaluate | None,
+    progress: bool,
+) -> History:
+    engine, options, history = run.engine, run.options, History()
     with _own_random_numbers(options.seed):
         start = 0 if folder is None else _resume(engine, folder, settings, history)
         stream = source.after(start * options.accumulate)
@@ -110,7 +141,6 @@ def train(
                     history.metrics.append((step + 1, _named(evaluate())))
                 if folder is not None and (last or (step + 1) % options.save_every == 0):
                     _save(engine, folder, settings, history)
-    engine.free_memory()
     return history
 
 
