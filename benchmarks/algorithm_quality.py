@@ -66,7 +66,7 @@ SETTINGS: dict[str, list[list[dict[str, Any]]]] = {
     },
     **{
         f"{scheme} {step} + {a}": before({"step": step}, scheme, a)
-        for scheme in ("W4A16-g128", "W4A16")
+        for scheme in ("W4A16-g64", "W4A16-g128", "W4A16")
         for step in ("awq", "rotate")
         for a in ("rtn", "gptq")
     },
