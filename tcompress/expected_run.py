@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from tcompress import replace
-from tcompress.blocks import find_chains
+from tcompress.block_places import Place, find_places
 from tcompress.calibrate import run
 from tcompress.distances import PIECE
 from tcompress.expected_training import learning_steps, training_memory, training_seconds
 from tcompress.footprint import Footprint, measure
 from tcompress.in_place import with_solution
-from tcompress.layer_job import Job, Solution, tied_across
+from tcompress.layer_job import Job, Solution
 from tcompress.match import Match
 from tcompress.memory import nbytes_of
 from tcompress.memory_plan import MemoryPlan, Needs, needs_of, plan
@@ -115,16 +115,13 @@ class ExpectedRun:
         self._all = [*jobs, *(Job(m.names, m.module, None, m.step) for m in matches if m.module not in known)]
         self._by_data = by_data
         self._chains: list[list[nn.Module]] = []
-        self._owner: dict[nn.Module, tuple[int, int]] = {}
+        self._owner: dict[nn.Module, Place] = {}
         self._measured = Footprint(0, 0, (), 0, (), 0.0, 0.0, ())
         self._needs, self._plan, self._parts = Needs(0, 0, 0, 0, 0, 0, 0, 0), MemoryPlan(), 0.0
         if samples:
             if by_data:
-                self._chains = find_chains(model, samples[0])
-            for c, chain in enumerate(self._chains):
-                self._owner |= {m: (c, b) for b, block in enumerate(chain) for m in block.modules()}
-            if tied_across(jobs, self._owner):
-                self._chains, self._owner = [], {}
+                places = find_places(model, samples[0], [job.module for job in jobs])
+                self._chains, self._owner = places.chains, places.owner
             self._measured = measure(model, self._chains, samples[0], [job.module for job in jobs])
             sizes = [nbytes_of(sample) for sample in samples]
             self._parts = sum(sizes) / max(sizes[0], 1)
