@@ -85,16 +85,23 @@ class InPlace:
             yield
 
     def put(self) -> None:
-        """Puts what was compared in its places; the layers give up their weights."""
+        """Puts what was compared in its places; then the layers give up their weights.
+
+        In this order: a run that ends in between leaves no layer in the model without its weight.
+        """
+        reports: dict[nn.Module, LayerReport] = {}
         for module, error in self._ready.items():
             report = compressed_report(self._matches[module], error.replacement, self._not_pruned.get(module, ""))
-            self.reports[module] = report.model_copy(update={"output_sqnr_db": error.sqnr_db})
-            self.replaced[module] = error.replacement
+            reports[module] = report.model_copy(update={"output_sqnr_db": error.sqnr_db})
+        new = {module: error.replacement for module, error in self._ready.items()}
+        put(self._model, new)
+        self.reports |= reports
+        self.replaced |= new
+        for module in new:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
             # It keeps its shape: what still refers to the layer asks for no more.
             weight.data = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        put(self._model, {module: self.replaced[module] for module in self._ready})
         self._ready = {}
         trim()
 

@@ -11,7 +11,7 @@ from test_resume_run import AUTOROUND, BLOCKS, GPTQ, SPARSEGPT, Stack
 from torch import nn
 
 import tcompress
-from tcompress import solve
+from tcompress import in_place, solve
 from tcompress.errors import CompressionWarning
 from tcompress.nn import QuantizedLinear
 
@@ -81,6 +81,29 @@ def test_a_run_that_fails_leaves_a_model_that_runs(monkeypatch):
     assert [type(layer.up) for layer in model.layers] == [*2 * [QuantizedLinear], *2 * [nn.Linear]]
     expected = compressed(stack(), [GPTQ | {"targets": ["layers.0.*", "layers.1.*"]}]).model
     assert torch.equal(model(samples()[0]), expected(samples()[0]))
+
+
+@pytest.mark.parametrize("where", ["compressed_report", "put", "trim"])
+def test_an_interrupt_while_a_block_takes_its_places(where, monkeypatch):
+    """While the reports of a block are made, before its layers are put in, and between two blocks."""
+    model, calls, inner = stack(), 0, getattr(in_place, where)
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    monkeypatch.setattr(in_place, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(model, [GPTQ], inplace=True)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) < 2 * BLOCKS + 1
+    for module in linears:
+        assert module.weight.count_nonzero() == module.weight.numel()
+    expected = stack()(samples()[0])
+    assert torch.cosine_similarity(model(samples()[0]).flatten(), expected.flatten(), 0) > 0.9
 
 
 def test_training_flags_and_hooks_stay():
