@@ -34,14 +34,19 @@ def find_places(model: nn.Module, batch: Any, layers: Collection[nn.Module]) -> 
     """The blocks through which one can go, doing the layers of each before the next one is run.
 
     A block that is called at several places is none of these: its layers would have to be done at the first call, on
-    the inputs of that one alone. Nor are there any where one of the layers, or its weight, is used in several blocks.
+    the inputs of that one alone. Neither is one that is itself a layer to be done: it may be replaced, and the next
+    block would still be given what the old one returned. Nor are there any where one of the layers, or its weight, is
+    used in several blocks.
 
     Args:
         model: in evaluation mode.
-        batch: on which it is run once.
+        batch: one, on which it is run.
         layers: linear layers, and what else has a weight.
     """
-    chains = find_chains(model, batch, lambda blocks: len(set(blocks)) == len(blocks))
+    apart = set(layers)
+    chains = find_chains(
+        model, batch, lambda blocks: len(set(blocks)) == len(blocks) and not apart.intersection(blocks)
+    )
     blocks_of: dict[nn.Module, set[Place]] = {}
     for c, chain in enumerate(chains):
         for b, block in enumerate(chain):

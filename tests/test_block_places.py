@@ -86,6 +86,27 @@ def test_blocks_may_share_what_is_not_done():
     assert places_of(model).chains == [list(model.layers)]
 
 
+class Deep(nn.Module):
+    """A block of layers that run one after the other, more than there are blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_blocks_that_are_layers():
+    model = Model(nn.Linear(4, 4) for _ in range(3))
+    assert places_of(model).chains == []
+    assert places_of(model, [model.head]).chains == [list(model.layers)]
+    model = Model(Deep() for _ in range(2))
+    assert places_of(model).chains == [list(model.layers)]
+
+
 def test_a_walk_through_them_calls_a_shared_layer_at_each_place():
     model = shared_in_a_module()
     layer, calls = model.layers[1].inner[0], []

@@ -52,6 +52,25 @@ def test_the_result_is_that_of_a_copy(steps, inputs):
     assert result.report.output_cosine == expected.report.output_cosine
 
 
+class Bare(Stack):
+    """Its blocks are linear layers themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(BLOCKS))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A8-g32"])
+def test_blocks_that_are_layers(scheme):
+    steps = [{**GPTQ, "scheme": scheme}]
+    expected, result = compressed(stack(Bare), steps), compressed(stack(Bare), steps, inplace=True)
+    for key, value in expected.model.state_dict().items():
+        got = result.model.state_dict()[key]
+        assert value is got is None or torch.equal(value, got), key
+    for one, other in zip(expected.report.layers, result.report.layers, strict=True):
+        assert one.output_sqnr_db == pytest.approx(other.output_sqnr_db, abs=3)
+
+
 def test_floats_go_with_their_block(monkeypatch):
     model, seen = stack(), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
