@@ -14,7 +14,8 @@ from torch import nn
 
 from tcompress.calibrate import evaluating
 from tcompress.errors import message
-from tcompress.expected_run import ExpectedRun, MemoryEstimate, TimeEstimate
+from tcompress.expected_memory import MemoryEstimate
+from tcompress.expected_run import ExpectedRun, TimeEstimate
 from tcompress.expected_training import learning_steps
 from tcompress.layer_job import jobs_of
 from tcompress.match import match
@@ -121,7 +122,7 @@ def estimate(
     jobs = jobs_of(matches, pruned)
     with evaluating(model):
         limit = limit if needing else None
-        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe)
+        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe, bool(attentions))
         memory, spent = run.memory(), run.time(seconds)
     return Estimate(memory, spent, len(samples), len(jobs), tuple(notes))
 

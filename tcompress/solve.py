@@ -76,7 +76,7 @@ def solve(
             done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
         max_memory: bytes to keep within (`memory_plan`).
-        early: puts layers in their places as soon as their block is done.
+        early: puts layers in their places as soon as their block is done; only where `placed_at_once` says so.
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -141,8 +141,6 @@ class _Run:
     ) -> None:
         self._inplace = inplace
         self._folder, self._limit, self._early = folder, limit, early
-        if inputs == "original" and any(job.by_block for job in jobs):
-            self._early = None  # no block runs after it is solved
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store

@@ -54,6 +54,8 @@ def measured(model, recipe, **options):
         ({"steps": [AUTOROUND]}, False),
         ({"steps": [GPTQ, FINETUNE]}, False),
         ({"steps": [GPTQ, FINETUNE], "samples": 2}, True),
+        ({"steps": [GPTQ | {"scheme": "W8A8-static"}]}, True),
+        ({"steps": [AUTOROUND], "inputs": "original"}, True),
         ({"steps": [FINETUNE | {"step": "distill", "lr": 1e-3}, {"scheme": "W8A8"}]}, False),
     ],
 )
@@ -65,6 +67,45 @@ def test_memory_is_within_half_of_what_is_measured(recipe, inplace):
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
     peak = measured(model, recipe, inplace=inplace)
     assert peak / 1.5 < expected.memory.peak < peak * 1.5
+
+
+def test_in_place_the_original_is_copied_for_a_step_that_trains():
+    recipe = {"steps": [GPTQ, FINETUNE]}
+    apart, inplace = (tcompress.estimate(llama(), recipe, data(), inplace=i, seconds=0).memory for i in (False, True))
+    size = sum(p.nbytes for p in llama().parameters())
+    assert inplace.when == apart.when == "training"
+    assert inplace.model - apart.model == pytest.approx(size, rel=0.01)
+    assert inplace.peak - apart.peak == inplace.model - apart.model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "waits"),
+    [
+        ({"steps": [GPTQ]}, False),
+        ({"steps": [{"scheme": "W8A8", "bias_correction": True}]}, False),
+        ({"steps": [AUTOROUND]}, False),
+        ({"steps": [AUTOROUND], "inputs": "original"}, True),
+        ({"steps": [GPTQ | {"scheme": "W8A8-static"}]}, True),
+        ({"steps": [{"attention": "int8"}, GPTQ]}, True),
+        ({"steps": [GPTQ, FINETUNE]}, True),
+    ],
+)
+def test_what_becomes_of_layers_that_wait_for_the_end_is_counted(recipe, waits, monkeypatch):
+    swapping, given = sys.modules["tcompress.swap_layers"], []
+    solve = swapping.solve
+
+    def watched(*args):
+        given.append(args[-1])
+        return solve(*args)
+
+    monkeypatch.setattr(swapping, "solve", watched)
+    measured(llama(), recipe, inplace=True)
+    assert (given[0] is None) == waits
+    monkeypatch.setattr(expected_run, "training_memory", lambda *_: (0, 0))  # which would be the most
+    estimates = (tcompress.estimate(llama(), recipe, data(200), inplace=place, seconds=0) for place in (False, True))
+    apart, inplace = (found.memory for found in estimates)
+    assert inplace.when == apart.when == "solving layers"
+    assert apart.compressed == (1 if waits else 2) * inplace.compressed
 
 
 def test_memory_under_a_limit():
