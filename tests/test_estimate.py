@@ -179,6 +179,50 @@ def test_without_data():
         tcompress.estimate("llama")
 
 
+def test_a_limit_that_no_step_keeps_to_is_told():
+    def notes(*steps):
+        return tcompress.estimate(llama(), {"steps": steps}, data(), max_memory="1 GB", seconds=0).notes
+
+    note = "max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it"
+    assert notes({"scheme": "W8A8"}) == notes(GPTQ, FINETUNE) == (note,)
+    assert notes(GPTQ) == ()
+
+
+def test_static_activations_without_data():
+    for call, where in ((tcompress.estimate, "estimate"), (tcompress.compress, "compress")):
+        with pytest.raises(ValueError, match=f"{where}: data: got none, expected calibration samples; W8A8-static has"):
+            call(llama(), {"steps": [{"scheme": "W8A8-static"}]})
+
+
+def test_samples_are_those_that_are_looked_at():
+    found = tcompress.estimate(llama(), {"steps": [GPTQ], "samples": 4}, data(), seconds=0)
+    assert found.samples == 4
+    assert "14 layers, 4 samples: about " in found.line
+    assert tcompress.estimate(llama(), {"steps": [GPTQ], "samples": 40}, data(), seconds=0).samples == 6
+
+
+def test_projections_of_attention_that_is_converted_are_measured(monkeypatch):
+    """torch's attention reads its projections' weights: as layers they are called in what takes its place."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    recipe, samples = {"steps": [{"attention": "int8"}, GPTQ]}, [torch.randn(2, 16, 64) for _ in range(4)]
+    needs, needs_of = [], expected_run.needs_of
+
+    def watched(*args):
+        needs.append(needs_of(*args))
+        return needs[-1]
+
+    for module in (expected_run, sys.modules["tcompress.solve"]):
+        monkeypatch.setattr(module, "needs_of", watched)
+    expected = tcompress.estimate(model, recipe, samples, max_memory="1 GB", seconds=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        tcompress.compress(model, recipe, samples, max_memory="1 GB", progress=False)
+    assert needs[0].hessians == needs[1].hessians == expected.memory.hessians > 0
+    assert needs[0] == needs[1]
+
+
 def test_what_it_says():
     found = tcompress.estimate(llama(), {"steps": [{"step": "smooth"}, GPTQ]}, data(), seconds=0)
     text = str(found)
