@@ -109,7 +109,11 @@ def needs_of(jobs: Sequence[Job], owner: Mapping[nn.Module, Any], measured: Foot
         work=max(max((work_of(job) for job in jobs), default=0), _learning(stages, largest_sample)),
         # Outside of blocks nothing runs again with what was found: only pruned weights wait there, to be written.
         floats=max(
-            sum(4 * _numel(job) for job in own if stage is not None or job.only_prunes) for stage, own in stages.items()
+            (
+                sum(4 * _numel(job) for job in own if stage is not None or job.only_prunes)
+                for stage, own in stages.items()
+            ),
+            default=0,
         ),
     )
 

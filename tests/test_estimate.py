@@ -223,6 +223,13 @@ def test_projections_of_attention_that_is_converted_are_measured(monkeypatch):
     assert needs[0] == needs[1]
 
 
+def test_a_recipe_for_attention_alone():
+    found = tcompress.estimate(llama(), {"steps": [{"attention": "int8"}]}, data(), inplace=True, seconds=0)
+    assert found.layers == found.memory.hessians == found.memory.compressed == 0
+    assert found.memory.peak > found.memory.model
+    assert found.time.total > 0
+
+
 def test_what_it_says():
     found = tcompress.estimate(llama(), {"steps": [{"step": "smooth"}, GPTQ]}, data(), seconds=0)
     text = str(found)
