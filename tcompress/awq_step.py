@@ -9,7 +9,8 @@ import torch
 from rich.progress import track
 
 from tcompress import memory
-from tcompress.blocks import BlockRunner, find_chains
+from tcompress.block_places import find_places
+from tcompress.blocks import BlockRunner
 from tcompress.calibrate import evaluating
 from tcompress.collect import Key
 from tcompress.pair_inputs import Target, collect_readers, report, targets_of
@@ -32,8 +33,8 @@ def awq(work: Work, step: AWQ) -> None:
     targets = targets_of(work, step, samples[0], scheme_needed=True)
     model, found = work.model, []
     with evaluating(model):
-        chains = find_chains(model, samples[0])
-        owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
+        found_places = find_places(model, samples[0], {m: None for t in targets for m in t.schemes})
+        chains, owner = found_places.chains, found_places.owner
         runner = BlockRunner(model, chains, samples)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         places = {t: {owner.get(m) for m in t.schemes} for t in targets}

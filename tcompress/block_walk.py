@@ -10,10 +10,10 @@ from typing import Any
 from rich.progress import track
 from torch import nn
 
-from tcompress.blocks import BlockRunner, find_chains
+from tcompress.block_places import find_places
+from tcompress.blocks import BlockRunner
 from tcompress.collect import Key, collect_all
 from tcompress.statistics import InputStatistics
-from tcompress.weights import weight_key
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,15 @@ def walk(
 ) -> Iterator[Stage]:
     """The blocks in the order in which the model runs them, then the rest of it, if any of `layers` is there.
 
-    When the next stage is asked for, the one before runs as it is by then, and what it returns goes on. Layers of
-    different blocks that share a weight are one stage: all of the model.
+    When the next stage is asked for, the one before runs as it is by then, and what it returns goes on. All of the
+    model is one stage where `find_places` says so.
 
     Args:
         model: in evaluation mode without gradients (`calibrate.evaluating`), which the caller sees to.
     """
     names = {module: name for name, module in model.named_modules()}
-    # A layer that is a block by itself may be replaced, and the chain would not know the new one.
-    chains = [chain for chain in find_chains(model, samples[0]) if not any(block in layers for block in chain)]
-    owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
-    places: dict[tuple[int, bool], set[tuple[int, int] | None]] = {}
-    for layer in layers:
-        places.setdefault(weight_key(layer), set()).add(owner.get(layer))
-    if any(len(blocks) > 1 for blocks in places.values()):
-        chains, owner = [], {}
+    places = find_places(model, samples[0], layers)
+    chains, owner = places.chains, places.owner
     runner = BlockRunner(model, chains, samples)
     stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
     for stage in track(stages, "calibrating", disable=not progress, transient=True):

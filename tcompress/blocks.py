@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,22 @@ class _Reached(Exception):
     """Ends a model's forward after the block that was wanted."""
 
 
-def find_chains(model: nn.Module, batch: Any) -> list[list[nn.Module]]:
+def find_chains(
+    model: nn.Module, batch: Any, wanted: Callable[[list[nn.Module]], bool] = lambda blocks: True
+) -> list[list[nn.Module]]:
     """The sequences of blocks in a model, in the order in which they run.
 
-    A chain is a `torch.nn.ModuleList` of two or more members that were each called once on this batch, in order, one
-    after the other's end, each with the first tensor that the one before returned; nothing that an earlier one returned
-    may go past it, unless that one hands it on; and all return alike, so that one can hand out what another returned.
-    Chains do not lie in one another, and the longer of two is taken.
+    A chain is a `torch.nn.ModuleList` of two or more members that were each called once on this batch (one that stands
+    at several places, once at each), in order, one after the other's end, each with the first tensor that the one
+    before returned; nothing that an earlier one returned may go past it, unless that one hands it on; and all return
+    alike, so that one can hand out what another returned. Chains do not lie in one another, and the longer of two is
+    taken.
+
+    Args:
+        wanted: whether a list may be taken.
     """
     lists = {id(m): m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    lists = {key: m for key, m in lists.items() if wanted(list(m))}
     members = {member for m in lists.values() for member in m}
     calls: list[tuple[nn.Module, int, int, list[int], list[int], Any]] = []
     #: A tensor is known by a number: all that blocks return would be held until the end.

@@ -15,7 +15,9 @@ from torch import nn
 from tcompress import awq_step, calibrate, distill_step, rotate_step, smooth_step  # noqa: F401  transforms register
 from tcompress.errors import CompressionWarning, message
 from tcompress.estimate import estimate
+from tcompress.finetune_step import finetune_step
 from tcompress.memory import parse_bytes, trim, trimmed_between_blocks
+from tcompress.memory_plan import NOT_WITHIN, all_keep_within
 from tcompress.prune import shrink  # noqa: F401  declares its step
 from tcompress.recipe import Codebook, LowRank, Recipe, Share, Shrink
 from tcompress.report.report import Report
@@ -67,7 +69,7 @@ def compress(
         resume: a folder, made if it is missing, that keeps what algorithms with data (gptq, sparsegpt, …) found block
             by block. The same call with the same folder after a crash goes on after the last block that was finished,
             with the result that it would have had. So does it after the last transform (smooth, awq, rotate, shrink, …)
-            that was finished, whose model is kept there; within a `Distill` step, its `checkpoint` does.
+            that was finished, whose model is kept there; within a step that trains, its `checkpoint` does.
         inplace: change `model` itself, block by block where algorithms with data prune or quantize it: there is then no
             second copy of it, the floats of a block go as soon as it is done, and a run that fails may leave it
             compressed in part. Layers of blocks are then compared on what they are given in the model under way.
@@ -115,10 +117,11 @@ def compress(
     cosine = None if reference is None else _output_cosine(swapped.model, reference, notes)
     if samples is not None:
         notes = [*samples.notes, *notes]
-    if resume is not None and not steps_with_data(recipe) and not has_transforms(recipe):
+    keeps = steps_with_data(recipe) or has_transforms(recipe) or finetune_step(recipe) is not None
+    if resume is not None and not keeps:
         notes.append("resume: no step of this recipe keeps what it has finished there")
-    if limit is not None and (work is not None or not steps_with_data(recipe)):
-        notes.append("max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it")
+    if limit is not None and not all_keep_within(recipe):
+        notes.append(f"max_memory: {NOT_WITHIN}")
     after = model_sizes(swapped.model)
     if swapped.smaller_is_meant:
         notes += _size_notes(before, after)

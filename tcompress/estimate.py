@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import nn
 
 from tcompress.calibrate import evaluating
 from tcompress.errors import message
-from tcompress.expected_run import ExpectedRun, MemoryEstimate, TimeEstimate
+from tcompress.expected_memory import MemoryEstimate
+from tcompress.expected_run import ExpectedRun, TimeEstimate
 from tcompress.expected_training import learning_steps
+from tcompress.input_scales import has_static, no_samples
 from tcompress.layer_job import jobs_of
 from tcompress.match import match
-from tcompress.match_attention import match_attention
+from tcompress.match_attention import holding, match_attention
 from tcompress.memory import in_units, parse_bytes
+from tcompress.memory_plan import NOT_WITHIN, all_keep_within
 from tcompress.prune_step import prune_masks
 from tcompress.recipe import Distill, Recipe, Transform
 from tcompress.samples import Samples
@@ -31,7 +35,8 @@ class Estimate:
     """The result of `estimate`; `str()` and `print()` give a table.
 
     Attributes:
-        samples: how many. layers: that are compressed.
+        samples: how many are looked at (`Recipe.samples`; training takes all that are given).
+        layers: how many are compressed.
         notes: what is not in it.
     """
 
@@ -118,12 +123,20 @@ def estimate(
     required = not attentions and not pruned and not transforms
     matches, _ = match(model, recipe, converted, required, [*skips, *attention_skips], masks)
     del masks
+    if has_static(matches) and not samples:
+        raise no_samples("estimate", matches)
+    if limit is not None and not all_keep_within(recipe):
+        notes.append(f"max_memory: {NOT_WITHIN}")
     jobs = jobs_of(matches, pruned)
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
+        # As where they are solved: what is given to the projections of torch's attention is seen there alone.
+        stack.enter_context(holding(model, converted))
+        for module in converted.values():
+            stack.enter_context(evaluating(module))
         limit = limit if needing else None
-        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe)
+        run = ExpectedRun(model, samples, jobs, matches, limit, bool(needing), inplace, recipe, bool(attentions))
         memory, spent = run.memory(), run.time(seconds)
-    return Estimate(memory, spent, len(samples), len(jobs), tuple(notes))
+    return Estimate(memory, spent, len(samples[: recipe.samples]), len(jobs), tuple(notes))
 
 
 def _seconds(value: float) -> str:

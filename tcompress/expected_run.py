@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +12,19 @@ import torch
 from torch import nn
 
 from tcompress import replace
-from tcompress.blocks import find_chains
+from tcompress.block_places import Place, find_places
 from tcompress.calibrate import run
-from tcompress.distances import PIECE
+from tcompress.expected_memory import MemoryEstimate, nbytes_became, packing_work
 from tcompress.expected_training import learning_steps, training_memory, training_seconds
 from tcompress.footprint import Footprint, measure
-from tcompress.in_place import with_solution
-from tcompress.layer_job import Job, Solution, tied_across
+from tcompress.in_place import placeable, placed_at_once, with_solution
+from tcompress.layer_job import Job, Solution
 from tcompress.match import Match
 from tcompress.memory import nbytes_of
 from tcompress.memory_plan import MemoryPlan, Needs, needs_of, plan
 from tcompress.quantize.autoround import RoundedWeight
 from tcompress.quantize.range_search import find_grid
-from tcompress.quantize.scheme import Scheme
-from tcompress.recipe import Quantize, Recipe
+from tcompress.recipe import Finetune, Recipe, Transform
 from tcompress.report.size import model_sizes
 from tcompress.solve_layer import solve_layer
 from tcompress.statistics import InputStatistics
@@ -34,33 +34,6 @@ from tcompress.weights import linear_weight
 _LEARNED, _JUDGED = 4, 11
 #: Inputs by which a layer is solved to see how long it takes.
 _ROWS = 256
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes at the peak of a run.
-
-    Attributes:
-        model: parameters and buffers, as far as they are still there.
-        activations: what blocks return for all samples.
-        hessians: of layers' inputs.
-        compressed: what layers became by then.
-        work: one sample on its way through a block or the model, and what solving a layer takes.
-        training: a copy that is trained, with its gradients and its optimizer.
-        when: in which part of the run that is.
-    """
-
-    model: int
-    activations: int
-    hessians: int
-    compressed: int
-    work: int
-    when: str
-    training: int = 0
-
-    @property
-    def peak(self) -> int:
-        return self.model + self.activations + self.hessians + self.compressed + self.work + self.training
 
 
 @dataclass(frozen=True)
@@ -99,6 +72,7 @@ class ExpectedRun:
         by_data: bool,
         inplace: bool,
         recipe: Recipe,
+        attention: bool = False,
     ) -> None:
         self._batches, samples = samples, samples[: recipe.samples]
         self._model, self._samples, self._jobs, self._inplace, self._inputs = (
@@ -109,22 +83,26 @@ class ExpectedRun:
             recipe.inputs,
         )
         self._learning = learning_steps(recipe)
+        #: Whether a copy of the model stands beside it all the time: the original that is to be learned from, or that
+        #: the user keeps while transforms change the other.
+        transforms = any(isinstance(step, Transform) for step in recipe.steps)
+        self._finetunes = any(isinstance(step, Finetune) for step in recipe.steps)
+        self._two = bool(self._learning) if inplace else transforms
+        at_once = inplace and by_data and placed_at_once(recipe, matches, attention)
+        self._leaving_early = placeable(model, matches) if at_once else {}
         self._match = {m.module: m for m in matches}
         known = {job.module for job in jobs}
         #: Embeddings are packed, not solved.
         self._all = [*jobs, *(Job(m.names, m.module, None, m.step) for m in matches if m.module not in known)]
         self._by_data = by_data
         self._chains: list[list[nn.Module]] = []
-        self._owner: dict[nn.Module, tuple[int, int]] = {}
+        self._owner: dict[nn.Module, Place] = {}
         self._measured = Footprint(0, 0, (), 0, (), 0.0, 0.0, ())
         self._needs, self._plan, self._parts = Needs(0, 0, 0, 0, 0, 0, 0, 0), MemoryPlan(), 0.0
         if samples:
             if by_data:
-                self._chains = find_chains(model, samples[0])
-            for c, chain in enumerate(self._chains):
-                self._owner |= {m: (c, b) for b, block in enumerate(chain) for m in block.modules()}
-            if tied_across(jobs, self._owner):
-                self._chains, self._owner = [], {}
+                places = find_places(model, samples[0], [job.module for job in jobs])
+                self._chains, self._owner = places.chains, places.owner
             self._measured = measure(model, self._chains, samples[0], [job.module for job in jobs])
             sizes = [nbytes_of(sample) for sample in samples]
             self._parts = sum(sizes) / max(sizes[0], 1)
@@ -134,40 +112,54 @@ class ExpectedRun:
     def memory(self) -> MemoryEstimate:
         """The largest of the parts of a run."""
         needs, model = self._needs, model_sizes(self._model).resident
-        done = {job.key: _nbytes_became(job, self._inplace) for job in self._all}
+        beside = model if self._two else 0
+        done = {job.key: nbytes_became(job, self._inplace) for job in self._all}
         compressed = sum(done.values())
-        leaving = {job.key: linear_weight(job.module).nbytes for job in self._all if job.module in self._match}
-        kept = model - sum(leaving.values()) if self._inplace else model
         found = [MemoryEstimate(model, 0, 0, 0, needs.whole, "the model on one sample")] if self._samples else []
-        one = max((_packing_work(job) for job in self._all), default=0)
-        found.append(MemoryEstimate(model, 0, 0, compressed, one, "packing layers"))
+        one = max((packing_work(job) for job in self._all), default=0)
+        gone = 0
         if self._by_data:
             activations = 0 if self._plan.on_disk else needs.activations
             hessians = needs.hessians if self._plan.hessians is None else min(needs.hessians, self._plan.hessians)
             work = needs.held + needs.floats + max(needs.block, hessians + needs.work)
-            # In place a block's floats go when it is done: there is most at the first.
-            so_far = max(self._of_stages(done), default=0) if self._inplace and self._chains else compressed
-            found.append(MemoryEstimate(model, activations, hessians, so_far, work, "solving layers"))
-            if self._inplace:
-                found = [part for part in found if part.when != "packing layers" or not self._chains]
-        if not self._inplace:
-            # What is not replaced is copied.
-            rest = model - sum(leaving.values())
-            when = "comparing outputs" if self._samples else "copying the rest"
-            found.append(MemoryEstimate(model, 0, 0, compressed + rest, needs.whole, when))
+            by_then = [(model, compressed)]
+            if self._leaving_early and self._chains:
+                by_then, gone = self._block_by_block(model, done)
+            there, so_far = max(by_then, key=sum)
+            found.append(MemoryEstimate(there, activations, hessians, so_far, work, "solving layers"))
+        if not gone:
+            found.append(MemoryEstimate(model, 0, 0, compressed, one, "packing layers"))
+        if self._inplace:
+            found.append(MemoryEstimate(model - gone, 0, 0, compressed, needs.whole, "comparing outputs"))
         else:
-            found.append(MemoryEstimate(kept, 0, 0, compressed, needs.whole, "comparing outputs"))
+            # What is not replaced is copied.
+            leaving = {job.key: linear_weight(job.module).nbytes for job in self._all if job.module in self._match}
+            when = "comparing outputs" if self._samples else "copying the rest"
+            rest = model - sum(leaving.values())
+            found.append(MemoryEstimate(model, 0, 0, compressed + rest, needs.whole, when))
+        found = [dataclasses.replace(part, model=part.model + beside) for part in found]
         training, batch = training_memory(self._model, self._learning, self._jobs, self._batches)
         if training:
-            found.append(MemoryEstimate(model, 0, 0, compressed, batch, "training", training))
+            # A `Distill` step trains one of the two, a `Finetune` step a third.
+            there = model + beside if self._finetunes else model
+            found.append(MemoryEstimate(there, 0, 0, compressed, batch, "training", training))
         return max(found, key=lambda part: part.peak)
 
-    def _of_stages(self, done: dict[Any, int]) -> list[int]:
-        stages: dict[Any, int] = {}
+    def _block_by_block(self, model: int, done: dict[Any, int]) -> tuple[list[tuple[int, int]], int]:
+        """Where a block's floats go when it is done: bytes of the model and of what became of layers while each block
+        is solved, and then the rest; and bytes of all floats that have gone."""
+        stages: dict[Any, list[Job]] = {}
         for job in self._jobs:
-            stage = self._owner.get(job.module)
-            stages[stage] = stages.get(stage, 0) + done[job.key]
-        return list(stages.values())
+            stages.setdefault(self._owner.get(job.module), []).append(job)
+        found: list[tuple[int, int]] = []
+        so_far = gone = 0
+        for stage in sorted(stages, key=lambda stage: (stage is None, stage)):
+            so_far += sum(done[key] for key in {job.key for job in stages[stage]})
+            found.append((model - gone, so_far))
+            if stage is not None:
+                leaving = [job for job in stages[stage] if job.module in self._leaving_early]
+                gone += sum(linear_weight(job.module).nbytes for job in leaving)
+        return found, gone
 
     def time(self, budget: float) -> TimeEstimate:
         """Measures, and multiplies."""
@@ -270,25 +262,3 @@ def _solved_in(job: Job, match: Match | None, by_data: bool) -> float:
 def _cost(job: Job) -> float:
     n, k = linear_weight(job.module).shape
     return float(n * k * k + k**3 if job.needs_hessian else n * k) or 1.0
-
-
-def _nbytes_became(job: Job, inplace: bool) -> int:
-    """Bytes of what a layer becomes."""
-    weight = linear_weight(job.module)
-    scheme: Scheme | None = None if job.step is None else job.step.scheme
-    density = 1.0 if job.pruned is None or isinstance(job.step, Quantize) else 1 - job.pruned.zeros
-    if job.step is None:
-        return 0 if inplace and job.pruned is not None and job.pruned.step.needs_data else weight.nbytes
-    indices = 0 if isinstance(job.step, Quantize) else weight.numel() // 8
-    if scheme is None:
-        return int(weight.nbytes * density) + indices
-    args = scheme.weights
-    groups = weight.shape[0] * -(-weight.shape[1] // (args.group_size or max(weight.shape[1], 1)))
-    stored = weight.numel() * (1 if args.bits > 4 else 0.5)
-    return int(stored * density) + indices + groups * (3 if args.bits <= 4 else 4)
-
-
-def _packing_work(job: Job) -> int:
-    """Bytes that rounding takes beside a weight, or comparing it with what is stored, in float64."""
-    numel = linear_weight(job.module).numel()
-    return max(16 * numel, 4 * numel + 4 * 8 * min(numel, PIECE))

@@ -12,10 +12,12 @@ from torch import nn
 
 from tcompress import replace
 from tcompress.calibrate import OutputError
+from tcompress.input_scales import has_static
 from tcompress.layer_job import Job, Key, Solution
 from tcompress.layer_report import compressed_report
 from tcompress.match import Match
 from tcompress.memory import trim
+from tcompress.recipe import Finetune, Quantize, Recipe
 from tcompress.report.report import LayerReport
 from tcompress.structure import carry
 from tcompress.targeted import put
@@ -26,6 +28,37 @@ def with_solution(m: Match, found: Solution) -> Match:
     """A match with what was found for it."""
     weight = found.weight if found.packed is None else found.packed
     return dataclasses.replace(m, mask=found.mask, solved=weight, bias=found.bias, outliers=found.outliers)
+
+
+def placed_at_once(recipe: Recipe, matches: Sequence[Match], attention: bool) -> bool:
+    """Whether a block's layers may take their places as soon as the block is done, for nothing looks at the model as it
+    was after that. Steps for attention, static activations and training do; and where AutoRound solves all blocks on
+    the original's inputs, none runs again when it is solved.
+
+    Args:
+        attention: whether a step means any attention.
+    """
+    if attention or has_static(matches) or any(isinstance(step, Finetune) for step in recipe.steps):
+        return False
+    solved = [m.step for m in matches if not isinstance(m.module, nn.Embedding)]
+    learned = any(isinstance(step, Quantize) and step.algorithm == "autoround" for step in solved)
+    return not (learned and recipe.inputs == "original")
+
+
+def placeable(model: nn.Module, matches: Sequence[Match]) -> dict[nn.Module, Match]:
+    """The layers that can give up their weights: these are parameters, and no other module uses them."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(module)
+    return {
+        m.module: m
+        for m in matches
+        if isinstance(m.module._parameters.get("weight"), nn.Parameter)
+        and not is_masked_by_torch(m.module)
+        and users[weight_id(m.module)] == [m.module]
+    }
 
 
 class InPlace:
@@ -54,18 +87,7 @@ class InPlace:
         not_pruned: Mapping[nn.Module, str],
     ) -> None:
         self._model, self._cache, self._not_pruned = model, cache, not_pruned
-        users: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    users.setdefault(id(parameter), []).append(module)
-        self._matches = {
-            m.module: m
-            for m in matches
-            if isinstance(m.module._parameters.get("weight"), nn.Parameter)
-            and not is_masked_by_torch(m.module)
-            and users[weight_id(m.module)] == [m.module]
-        }
+        self._matches = placeable(model, matches)
         self.replaced: dict[nn.Module, nn.Module] = {}
         self.reports: dict[nn.Module, LayerReport] = {}
         self._ready: dict[nn.Module, OutputError] = {}
@@ -85,16 +107,23 @@ class InPlace:
             yield
 
     def put(self) -> None:
-        """Puts what was compared in its places; the layers give up their weights."""
+        """Puts what was compared in its places; then the layers give up their weights.
+
+        In this order: a run that ends in between leaves no layer in the model without its weight.
+        """
+        reports: dict[nn.Module, LayerReport] = {}
         for module, error in self._ready.items():
             report = compressed_report(self._matches[module], error.replacement, self._not_pruned.get(module, ""))
-            self.reports[module] = report.model_copy(update={"output_sqnr_db": error.sqnr_db})
-            self.replaced[module] = error.replacement
+            reports[module] = report.model_copy(update={"output_sqnr_db": error.sqnr_db})
+        new = {module: error.replacement for module, error in self._ready.items()}
+        put(self._model, new)
+        self.reports |= reports
+        self.replaced |= new
+        for module in new:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
             # It keeps its shape: what still refers to the layer asks for no more.
             weight.data = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        put(self._model, {module: self.replaced[module] for module in self._ready})
         self._ready = {}
         trim()
 

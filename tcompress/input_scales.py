@@ -24,6 +24,14 @@ def has_static(matches: Sequence[Match]) -> bool:
     return any(_is_static(m) for m in matches)
 
 
+def no_samples(where: str, matches: Sequence[Match]) -> ValueError:
+    """The error of the function `where` that static activations have nothing to be fixed by."""
+    scheme = next(m.step.scheme for m in matches if _is_static(m))
+    assert scheme is not None
+    hint = f"{scheme.name} has scales that data fix; {scheme.with_dynamic_activations().name} needs none"
+    return ValueError(message(where, "data", "none", "calibration samples", hint))
+
+
 def with_input_scales(
     model: nn.Module,
     matches: Sequence[Match],
@@ -46,10 +54,7 @@ def with_input_scales(
     if not static:
         return list(matches), []
     if samples is None:
-        scheme = static[0].step.scheme
-        assert scheme is not None
-        hint = f"{scheme.name} has scales that data fix; {scheme.with_dynamic_activations().name} needs none"
-        raise ValueError(message("compress", "data", "none", "calibration samples", hint))
+        raise no_samples("compress", static)
     observers = _observed(model, static, converted, samples)
     found: list[Match] = []
     notes: list[str] = []

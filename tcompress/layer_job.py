@@ -126,11 +126,3 @@ def jobs_of(matches: Sequence[Match], pruned: Mapping[nn.Module, Pruned]) -> lis
     ]
     done = {job.module for job in found}
     return found + [Job(p.names, module, p, None) for module, p in pruned.items() if module not in done]
-
-
-def tied_across(jobs: Sequence[Job], owner: Mapping[nn.Module, tuple[int, int]]) -> bool:
-    """Whether layers in different blocks have one weight."""
-    places: dict[Key, set[tuple[int, int] | None]] = {}
-    for job in jobs:
-        places.setdefault(job.key, set()).add(owner.get(job.module))
-    return any(len(blocks) > 1 for blocks in places.values())

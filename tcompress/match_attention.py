@@ -73,7 +73,19 @@ def match_attention(model: nn.Module, recipe: Recipe) -> tuple[list[AttentionMat
 
 @contextmanager
 def holding(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Lets a model hold for a while what will take the place of torch's attention, whose projections are layers."""
+    """Lets a model hold for a while what will take the place of torch's attention, whose projections are layers.
+
+    A model that is such attention itself stands in no place: it is for a while what would take its own, by its class
+    and its attributes, so that it can be called, walked through and copied as any other.
+    """
+    if model in converted:
+        own, attributes, new = type(model), vars(model), converted[model]
+        model.__class__, model.__dict__ = type(new), vars(new)
+        try:
+            yield
+        finally:
+            model.__class__, model.__dict__ = own, attributes
+        return
     places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     places = [(parent, name, child) for parent, name, child in places if child in converted]
     for parent, name, child in places:

@@ -12,6 +12,7 @@ from tcompress.errors import message
 from tcompress.footprint import Footprint
 from tcompress.layer_job import Job, Key
 from tcompress.memory import in_units, nbytes_of
+from tcompress.recipe import Finetune, Prune, Quantize, Recipe, Transform
 from tcompress.weights import linear_weight, weight_key
 
 #: Of a block of a chain; None of what is outside of blocks.
@@ -64,6 +65,16 @@ class MemoryPlan:
     hessians: int | None = None
 
 
+#: What is said of a limit to which not all steps of a recipe keep.
+NOT_WITHIN = "of this recipe's steps only algorithms with data that prune and quantize keep to it"
+
+
+def all_keep_within(recipe: Recipe) -> bool:
+    """Whether all that a recipe does with data keeps within a limit. Transforms and training do not."""
+    learning = any(isinstance(step, Transform | Finetune) for step in recipe.steps)
+    return not learning and any(isinstance(step, Prune | Quantize) and step.needs_data for step in recipe.steps)
+
+
 def needs_of(jobs: Sequence[Job], owner: Mapping[nn.Module, Any], measured: Footprint, samples: Sequence[Any]) -> Needs:
     """What solving these layers takes.
 
@@ -98,7 +109,11 @@ def needs_of(jobs: Sequence[Job], owner: Mapping[nn.Module, Any], measured: Foot
         work=max(max((work_of(job) for job in jobs), default=0), _learning(stages, largest_sample)),
         # Outside of blocks nothing runs again with what was found: only pruned weights wait there, to be written.
         floats=max(
-            sum(4 * _numel(job) for job in own if stage is not None or job.only_prunes) for stage, own in stages.items()
+            (
+                sum(4 * _numel(job) for job in own if stage is not None or job.only_prunes)
+                for stage, own in stages.items()
+            ),
+            default=0,
         ),
     )
 

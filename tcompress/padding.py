@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 _MASK, _TOKENS = "attention_mask", "input_ids"
+#: Added to a score, this and less make it e^-1000 of what it was: zero in every float type.
+_HIDDEN = -1000.0
 #: In the order of the arguments; bool [B, S], True for what counts.
 Masks = tuple[torch.Tensor, ...]
 _running: ContextVar[Masks] = ContextVar("masks of the running batch", default=())
@@ -26,13 +28,21 @@ def named(batch: Any, parameters: Sequence[str]) -> dict[str, Any]:
 
 
 def as_mask(value: Any) -> torch.Tensor | None:
-    """bool [B, S] of an attention mask, or None where it is none of that kind: [B, S] of integers, bools, or floats
-    that are 0 or 1. A float mask of zeros alone is one that is added to scores, and hides nothing."""
+    """bool [B, S] of an attention mask, or None where it is none of that kind.
+
+    It is one of integers or bools, not 0 for what counts; of floats that are 0 or 1, likewise; or of floats that are
+    added to scores, 0 for what counts and a large negative number or minus infinity for padding. Floats that are 0
+    alone could be either, and say nothing.
+    """
     if not isinstance(value, torch.Tensor) or value.dim() != 2:
         return None
-    if value.is_floating_point() and not (((value == 0) | (value == 1)).all() and value.any()):
+    if not value.is_floating_point():
+        return value != 0
+    if not value.any():
         return None
-    return value != 0
+    if ((value == 0) | (value == 1)).all():
+        return value == 1
+    return value == 0 if ((value == 0) | (value <= _HIDDEN)).all() else None
 
 
 def token_masks(model: nn.Module, batch: Any) -> Masks:

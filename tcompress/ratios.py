@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcompress import calibrate
-from tcompress.block_walk import Stage, collect, walk, weight_key
+from tcompress.block_walk import Stage, collect, walk
 from tcompress.blocks import forward_replaced
 from tcompress.errors import message
 from tcompress.packing import Pattern
@@ -23,7 +23,7 @@ from tcompress.recipe import Prune, Recipe
 from tcompress.samples import Samples
 from tcompress.statistics import InputStatistics
 from tcompress.targeted import target_layers
-from tcompress.weights import linear_weight
+from tcompress.weights import linear_weight, weight_key
 
 _Key = tuple[int, bool]
 

@@ -107,7 +107,7 @@ class Samples:
         if self._hidden:
             found.append(f"{self._hidden} {of} left out: their attention mask leaves no token")
         if self._other_masks:
-            what = "a mask that is not [B, S] of ones and zeros, named attention_mask"
+            what = "a mask that is not [B, S] of ones and zeros, or of zeros and -inf, named attention_mask"
             found.append(f"{self._other_masks} {of} with {what}: all their tokens count")
         if self._no_mask:
             found.append(f"{self._no_mask} {of} with padding and no attention_mask: all their tokens count")

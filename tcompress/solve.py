@@ -13,14 +13,15 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from tcompress.blocks import BlockRunner, find_chains, forward_replaced
+from tcompress.block_places import find_places
+from tcompress.blocks import BlockRunner, forward_replaced
 from tcompress.calibrate import batches, evaluating
 from tcompress.collect import collect, layers_by_input
 from tcompress.distances import sqnr_db, squared_errors
 from tcompress.errors import message
 from tcompress.footprint import measure
 from tcompress.in_place import InPlace
-from tcompress.layer_job import Job, Key, Solution, Written, jobs_of, tied_across
+from tcompress.layer_job import Job, Key, Solution, Written, jobs_of
 from tcompress.match import Match
 from tcompress.match_attention import holding
 from tcompress.memory import trim
@@ -75,7 +76,7 @@ def solve(
             done: there is never a second copy of the model.
         resume: a folder that keeps what each block's layers became; blocks that it has already are not solved again.
         max_memory: bytes to keep within (`memory_plan`).
-        early: puts layers in their places as soon as their block is done.
+        early: puts layers in their places as soon as their block is done; only where `placed_at_once` says so.
 
     Returns:
         Solutions by module; the samples that were used; what there is to report.
@@ -98,13 +99,10 @@ def solve(
         stack.enter_context(holding(model, converted))
         for module in converted.values():
             stack.enter_context(evaluating(module))
-        chains = find_chains(model, samples[0])
-        owner = {m: (c, b) for c, chain in enumerate(chains) for b, block in enumerate(chain) for m in block.modules()}
-        why = "no sequence of blocks to go through"
-        if tied_across(jobs, owner):
-            chains, owner, why = [], {}, "blocks share weights"
+        places = find_places(model, samples[0], [job.module for job in jobs])
+        chains, owner = places.chains, places.owner
         if not chains and len(jobs) > 1:
-            notes.append(f"{why}: all layers were solved on the original model's inputs")
+            notes.append(f"{places.why}: all layers were solved on the original model's inputs")
         within, folder = MemoryPlan(), None
         if max_memory is not None and jobs:
             measured = measure(model, chains, samples[0], [job.module for job in jobs])
@@ -143,8 +141,6 @@ class _Run:
     ) -> None:
         self._inplace = inplace
         self._folder, self._limit, self._early = folder, limit, early
-        if inputs == "original" and any(job.by_block for job in jobs):
-            self._early = None  # no block runs after it is solved
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
         self._chains, self._inputs, self._notes, self._store = chains, inputs, notes, store

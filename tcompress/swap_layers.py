@@ -13,7 +13,7 @@ from torch import nn
 from tcompress import attention_step, calibrate, memory, replace
 from tcompress.finetune_step import check_finetune, finetune, finetune_step
 from tcompress.fuse import fuse
-from tcompress.in_place import InPlace, with_solution
+from tcompress.in_place import InPlace, placed_at_once, with_solution
 from tcompress.input_scales import has_static, with_input_scales
 from tcompress.layer_report import NO_SPEEDUP, compressed_report, pruned_report, written_report
 from tcompress.match import match, unmatched
@@ -103,7 +103,7 @@ def swap_layers(
             data = list(calibrate.batches(data))
             with calibrate.evaluating(model):
                 first = calibrate.reference(model, data[0])
-            if not attentions and tune is None and not has_static(matches):  # these look at the model as it was
+            if placed_at_once(recipe, matches, bool(attentions)):
                 early = InPlace(model, matches, cache, not_pruned)
         solved, data, solving = solve(
             model, recipe, matches, pruned, converted, data, progress, resume, inplace, max_memory, early

@@ -302,6 +302,23 @@ def test_resume_without_anything_to_keep_is_told(tmp_path):
         tcompress.compress(nn.Sequential(nn.Linear(8, 8)), {"steps": [{"scheme": "W8A8"}]}, resume=tmp_path / "run")
 
 
+def test_a_step_that_trains_keeps_what_it_finished_and_does_not_keep_to_a_limit(tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(8, 32)
+    finetune = {"step": "finetune", "steps": 1, "losses": [{"loss": "logits"}]}
+    for more, resume in (({}, tmp_path / "run"), ({"algorithm": "gptq"}, None)):
+        steps = [{"scheme": "W4A16-g32", **more}, finetune]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompressionWarning)
+            report = tcompress.compress(model, {"steps": steps}, x, resume=resume, max_memory="1 GB").report
+        assert not any(note.startswith("resume: ") for note in report.warnings)
+        assert [note for note in report.warnings if note.startswith("max_memory: ")] == [
+            "max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it"
+        ]
+    assert [folder.name.partition("-")[0] for folder in (tmp_path / "run").iterdir()] == ["finetune"]
+
+
 @pytest.mark.parametrize("returned", ["mapping", "tuple"])
 def test_a_loss_is_not_what_a_model_is_judged_by(returned):
     class Model(nn.Module):

@@ -279,3 +279,36 @@ def test_no_attention_no_difference():
     assert "attention" not in str(report)
     with pytest.raises(ValueError, match="match nothing"):
         tcompress.compress(nn.Sequential(nn.Linear(64, 64)), ONLY)
+
+
+@pytest.mark.parametrize(
+    ("steps", "action"),
+    [
+        ([{"scheme": "W8A8"}], "W8A8"),
+        ([{"scheme": "W8A8-static"}], "W8A8-static"),
+        ([{"scheme": "W4A16-g32", "algorithm": "gptq"}], "W4A16-g32 gptq"),
+        ([{"scheme": "W4A16-g32"}, {"step": "finetune", "steps": 2}], "W4A16-g32"),
+    ],
+)
+def test_a_model_that_is_attention_itself(steps, action):
+    """Its projections are layers of what takes its place, which is in no module's."""
+    if "step" in steps[-1]:
+        pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    before = copy.deepcopy(model)
+    batch = {"query": X, "key": X, "value": X, "need_weights": False}
+    recipe = {"steps": [{"attention": "int8"}, *steps]}
+    with warnings.catch_warnings():  # it has no blocks
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(model, recipe, [batch], progress=False)
+    layers = {layer.name: layer for layer in result.report.layers if layer.name}
+    assert {layer.action for layer in layers.values()} == {action}
+    assert set(layers) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert not any("no calibration inputs" in note for note in result.report.warnings)
+    with torch.inference_mode():
+        assert relative(result.model(**batch)[0], before(**batch)[0]) < 0.2
+    assert type(model) is nn.MultiheadAttention
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.state_dict().items())
+    expected = tcompress.estimate(model, recipe, [batch], seconds=0)
+    assert (expected.memory.hessians > 0) == ("gptq" in action)

@@ -54,6 +54,8 @@ def measured(model, recipe, **options):
         ({"steps": [AUTOROUND]}, False),
         ({"steps": [GPTQ, FINETUNE]}, False),
         ({"steps": [GPTQ, FINETUNE], "samples": 2}, True),
+        ({"steps": [GPTQ | {"scheme": "W8A8-static"}]}, True),
+        ({"steps": [AUTOROUND], "inputs": "original"}, True),
         ({"steps": [FINETUNE | {"step": "distill", "lr": 1e-3}, {"scheme": "W8A8"}]}, False),
     ],
 )
@@ -65,6 +67,45 @@ def test_memory_is_within_half_of_what_is_measured(recipe, inplace):
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
     peak = measured(model, recipe, inplace=inplace)
     assert peak / 1.5 < expected.memory.peak < peak * 1.5
+
+
+def test_in_place_the_original_is_copied_for_a_step_that_trains():
+    recipe = {"steps": [GPTQ, FINETUNE]}
+    apart, inplace = (tcompress.estimate(llama(), recipe, data(), inplace=i, seconds=0).memory for i in (False, True))
+    size = sum(p.nbytes for p in llama().parameters())
+    assert inplace.when == apart.when == "training"
+    assert inplace.model - apart.model == pytest.approx(size, rel=0.01)
+    assert inplace.peak - apart.peak == inplace.model - apart.model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "waits"),
+    [
+        ({"steps": [GPTQ]}, False),
+        ({"steps": [{"scheme": "W8A8", "bias_correction": True}]}, False),
+        ({"steps": [AUTOROUND]}, False),
+        ({"steps": [AUTOROUND], "inputs": "original"}, True),
+        ({"steps": [GPTQ | {"scheme": "W8A8-static"}]}, True),
+        ({"steps": [{"attention": "int8"}, GPTQ]}, True),
+        ({"steps": [GPTQ, FINETUNE]}, True),
+    ],
+)
+def test_what_becomes_of_layers_that_wait_for_the_end_is_counted(recipe, waits, monkeypatch):
+    swapping, given = sys.modules["tcompress.swap_layers"], []
+    solve = swapping.solve
+
+    def watched(*args):
+        given.append(args[-1])
+        return solve(*args)
+
+    monkeypatch.setattr(swapping, "solve", watched)
+    measured(llama(), recipe, inplace=True)
+    assert (given[0] is None) == waits
+    monkeypatch.setattr(expected_run, "training_memory", lambda *_: (0, 0))  # which would be the most
+    estimates = (tcompress.estimate(llama(), recipe, data(200), inplace=place, seconds=0) for place in (False, True))
+    apart, inplace = (found.memory for found in estimates)
+    assert inplace.when == apart.when == "solving layers"
+    assert apart.compressed == (1 if waits else 2) * inplace.compressed
 
 
 def test_memory_under_a_limit():
@@ -136,6 +177,57 @@ def test_without_data():
         tcompress.estimate(llama(), {"steps": [{"scheme": "W4A16"}, FINETUNE]})
     with pytest.raises(TypeError, match="estimate: model"):
         tcompress.estimate("llama")
+
+
+def test_a_limit_that_no_step_keeps_to_is_told():
+    def notes(*steps):
+        return tcompress.estimate(llama(), {"steps": steps}, data(), max_memory="1 GB", seconds=0).notes
+
+    note = "max_memory: of this recipe's steps only algorithms with data that prune and quantize keep to it"
+    assert notes({"scheme": "W8A8"}) == notes(GPTQ, FINETUNE) == (note,)
+    assert notes(GPTQ) == ()
+
+
+def test_static_activations_without_data():
+    for call, where in ((tcompress.estimate, "estimate"), (tcompress.compress, "compress")):
+        with pytest.raises(ValueError, match=f"{where}: data: got none, expected calibration samples; W8A8-static has"):
+            call(llama(), {"steps": [{"scheme": "W8A8-static"}]})
+
+
+def test_samples_are_those_that_are_looked_at():
+    found = tcompress.estimate(llama(), {"steps": [GPTQ], "samples": 4}, data(), seconds=0)
+    assert found.samples == 4
+    assert "14 layers, 4 samples: about " in found.line
+    assert tcompress.estimate(llama(), {"steps": [GPTQ], "samples": 40}, data(), seconds=0).samples == 6
+
+
+def test_projections_of_attention_that_is_converted_are_measured(monkeypatch):
+    """torch's attention reads its projections' weights: as layers they are called in what takes its place."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    recipe, samples = {"steps": [{"attention": "int8"}, GPTQ]}, [torch.randn(2, 16, 64) for _ in range(4)]
+    needs, needs_of = [], expected_run.needs_of
+
+    def watched(*args):
+        needs.append(needs_of(*args))
+        return needs[-1]
+
+    for module in (expected_run, sys.modules["tcompress.solve"]):
+        monkeypatch.setattr(module, "needs_of", watched)
+    expected = tcompress.estimate(model, recipe, samples, max_memory="1 GB", seconds=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        tcompress.compress(model, recipe, samples, max_memory="1 GB", progress=False)
+    assert needs[0].hessians == needs[1].hessians == expected.memory.hessians > 0
+    assert needs[0] == needs[1]
+
+
+def test_a_recipe_for_attention_alone():
+    found = tcompress.estimate(llama(), {"steps": [{"attention": "int8"}]}, data(), inplace=True, seconds=0)
+    assert found.layers == found.memory.hessians == found.memory.compressed == 0
+    assert found.memory.peak > found.memory.model
+    assert found.time.total > 0
 
 
 def test_what_it_says():

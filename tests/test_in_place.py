@@ -11,7 +11,7 @@ from test_resume_run import AUTOROUND, BLOCKS, GPTQ, SPARSEGPT, Stack
 from torch import nn
 
 import tcompress
-from tcompress import solve
+from tcompress import in_place, solve
 from tcompress.errors import CompressionWarning
 from tcompress.nn import QuantizedLinear
 
@@ -52,6 +52,25 @@ def test_the_result_is_that_of_a_copy(steps, inputs):
     assert result.report.output_cosine == expected.report.output_cosine
 
 
+class Bare(Stack):
+    """Its blocks are linear layers themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(BLOCKS))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A8-g32"])
+def test_blocks_that_are_layers(scheme):
+    steps = [{**GPTQ, "scheme": scheme}]
+    expected, result = compressed(stack(Bare), steps), compressed(stack(Bare), steps, inplace=True)
+    for key, value in expected.model.state_dict().items():
+        got = result.model.state_dict()[key]
+        assert value is got is None or torch.equal(value, got), key
+    for one, other in zip(expected.report.layers, result.report.layers, strict=True):
+        assert one.output_sqnr_db == pytest.approx(other.output_sqnr_db, abs=3)
+
+
 def test_floats_go_with_their_block(monkeypatch):
     model, seen = stack(), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -81,6 +100,29 @@ def test_a_run_that_fails_leaves_a_model_that_runs(monkeypatch):
     assert [type(layer.up) for layer in model.layers] == [*2 * [QuantizedLinear], *2 * [nn.Linear]]
     expected = compressed(stack(), [GPTQ | {"targets": ["layers.0.*", "layers.1.*"]}]).model
     assert torch.equal(model(samples()[0]), expected(samples()[0]))
+
+
+@pytest.mark.parametrize("where", ["compressed_report", "put", "trim"])
+def test_an_interrupt_while_a_block_takes_its_places(where, monkeypatch):
+    """While the reports of a block are made, before its layers are put in, and between two blocks."""
+    model, calls, inner = stack(), 0, getattr(in_place, where)
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    monkeypatch.setattr(in_place, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(model, [GPTQ], inplace=True)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) < 2 * BLOCKS + 1
+    for module in linears:
+        assert module.weight.count_nonzero() == module.weight.numel()
+    expected = stack()(samples()[0])
+    assert torch.cosine_similarity(model(samples()[0]).flatten(), expected.flatten(), 0) > 0.9
 
 
 def test_training_flags_and_hooks_stay():

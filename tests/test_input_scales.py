@@ -110,9 +110,13 @@ def test_a_layer_without_inputs_stays_dynamic():
     }
 
 
-def test_zero_inputs_stay_dynamic():
-    result = compressed(nn.Sequential(nn.Linear(4, 4)), STATIC, torch.zeros(2, 4))
-    assert result.model[0].scheme.name == "W8A8"
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "moving_average", "mse"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A7"])
+def test_zero_inputs_stay_dynamic(scheme, observer):
+    step = {"scheme": f"{scheme}-static", "observer": observer}
+    result = compressed(nn.Sequential(nn.Linear(4, 4)), step, torch.zeros(2, 4))
+    assert result.model[0].scheme.name == scheme
+    assert "0 has no calibration inputs other than zero: its activations stay dynamic" in result.report.warnings
 
 
 def test_padding_is_not_observed():

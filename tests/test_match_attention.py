@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers as hf
@@ -10,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 import tcompress
 from tcompress.match import match
-from tcompress.match_attention import match_attention
+from tcompress.match_attention import holding, match_attention
 from tcompress.nn import MultiHeadAttention
 from tcompress.recipe import Recipe
 
@@ -198,3 +201,21 @@ def test_heads_that_are_too_wide():
     config = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     module = hf.LlamaModel(hf.LlamaConfig(**config, num_attention_heads=1, num_key_value_heads=1, head_dim=512))
     assert found(module, recipe()) == ([], {"layers.0.self_attn": "its head_dim 512 is above 256"})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_is_attention_itself_becomes_what_would_take_its_place(fails):
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    expected, before = model(x, x, x)[0], dict(vars(model))
+    (match,), _ = match_attention(model, recipe())
+    assert match.converted is not None
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), holding(model, {model: match.converted}):
+        assert model.q_proj is match.converted.q_proj
+        assert type(copy.deepcopy(model)) is type(match.converted)
+        torch.testing.assert_close(model(x, x, x)[0], expected)
+        if fails:
+            raise KeyboardInterrupt
+    assert type(model) is nn.MultiheadAttention
+    assert vars(model) == before
+    assert torch.equal(model(x, x, x)[0], expected)

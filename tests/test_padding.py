@@ -99,8 +99,16 @@ def test_masks_of_one_shape_leave_what_either_leaves():
         (torch.tensor([[1, 1, 0]]), [True, True, False]),
         (torch.tensor([[True, False, True]]), [True, False, True]),
         (torch.tensor([[1.0, 1.0, 0.0]]), [True, True, False]),
-        (torch.zeros(1, 3), None),  # added to scores
-        (torch.tensor([[0.0, -torch.inf, 0.0]]), None),
+        (torch.zeros(1, 3), None),  # of either kind
+        # Added to scores.
+        (torch.tensor([[0.0, -torch.inf, 0.0]]), [True, False, True]),
+        (torch.tensor([[0.0, torch.finfo().min, 0.0]]), [True, False, True]),
+        (torch.tensor([[-1e4, 0.0, 0.0]], dtype=torch.half), [False, True, True]),
+        (torch.full((1, 3), -torch.inf), [False, False, False]),
+        (torch.tensor([[0.0, -1.0, -2.0]]), None),
+        (torch.tensor([[1.0, 0.0, -torch.inf]]), None),
+        (torch.tensor([[0.0, torch.nan, 0.0]]), None),
+        (torch.empty(0, 3), None),
         (torch.ones(1, 1, 3, 3), None),
         (None, None),
     ],
@@ -115,7 +123,11 @@ def test_positional_arguments_have_the_names_of_the_forward():
         def forward(self, input_ids, attention_mask=None): ...
 
     mask = torch.tensor([[1, 0]])
-    assert torch.equal(padding.token_masks(Model(), (ids(1, 2), mask))[0], mask.bool())
+    for kind in (mask, mask.bool(), mask.float(), (1 - mask) * torch.finfo().min):
+        for batch in ((ids(1, 2), kind), [ids(1, 2), kind], {"input_ids": ids(1, 2), "attention_mask": kind}):
+            (found,) = padding.token_masks(Model(), batch)
+            assert torch.equal(found, mask.bool())
+    assert padding.token_masks(Model(), (ids(1, 2), torch.zeros(1, 2))) == ()
     assert padding.token_masks(Model(), (mask, ids(1, 2))) == ()
     assert padding.token_masks(Model(), mask) == ()
 

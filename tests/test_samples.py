@@ -198,8 +198,8 @@ def test_masks_that_do_not_say_which_tokens_count(name):
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), name: torch.ones(1, 1, 4, 4)}
     _, notes = read([batch, {"input_ids": batch["input_ids"]}])
     assert notes == [
-        "1 of 2 calibration samples with a mask that is not [B, S] of ones and zeros, named attention_mask: "
-        "all their tokens count"
+        "1 of 2 calibration samples with a mask that is not [B, S] of ones and zeros, or of zeros and -inf, "
+        "named attention_mask: all their tokens count"
     ]
     assert read({"input_ids": batch["input_ids"], "mask": torch.ones(4, 4)})[1] == []
 

@@ -13,6 +13,7 @@ from calibrated import statistics_of
 from torch import nn
 
 import tcompress
+from tcompress import solve
 from tcompress.errors import CompressionWarning
 from tcompress.nn import QuantizedLinear, SparseLinear
 from tcompress.prune import sparsegpt, wanda_mask
@@ -218,6 +219,50 @@ def test_a_layer_that_is_never_called():
     note = "spare has no calibration inputs: by magnitude and rounding to nearest instead"
     assert note in result.report.warnings
     assert float((result.model.spare.packed.dequantize() == 0).float().mean()) >= 0.5
+
+
+class Shares(nn.Module):
+    """A block whose second layer is every block's."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.own, self.shared = nn.Linear(32, 32), shared
+
+    def forward(self, x):
+        return x + self.shared(F.relu(self.own(x)))
+
+
+def of_shared_layers():
+    model = stack()
+    shared = nn.Linear(32, 32)
+    model.layers = nn.ModuleList(Shares(shared) for _ in range(3))
+    return model, ("layers.0.shared",), "blocks share weights"
+
+
+def of_one_block():
+    model = stack()
+    model.layers = nn.ModuleList(3 * [model.layers[0]])
+    return model, ("layers.0.up", "layers.0.down"), "no sequence of blocks to go through"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("make", [of_shared_layers, of_one_block])
+def test_a_layer_of_several_blocks_is_solved_on_all_its_inputs(make, inplace, monkeypatch):
+    (model, names, why), counts = make(), {}
+    solve_layer = solve.solve_layer
+
+    def watched(job, found):
+        counts[job.name] = found.count
+        return solve_layer(job, found)
+
+    monkeypatch.setattr(solve, "solve_layer", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        result = tcompress.compress(model, {"steps": [GPTQ]}, data=samples(), inplace=inplace)
+    tokens = sum(x[..., 0].numel() for x in samples())
+    assert counts["head"] == tokens
+    assert [counts[name] for name in names] == [3 * tokens] * len(names)
+    assert f"{why}: all layers were solved on the original model's inputs" in result.report.warnings
 
 
 def test_tied_layers():

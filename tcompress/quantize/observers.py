@@ -147,7 +147,7 @@ class _Histogram(Observer):
 
     @property
     def _centres(self) -> torch.Tensor:
-        limit = self._limit or 1.0
+        limit = self._limit
         return (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (2 * limit / _BINS) - limit
 
 
@@ -169,7 +169,9 @@ class PercentileObserver(_Histogram):
         below = self._counts.cumsum(0)
         if not below[-1]:
             raise self._nothing()
-        width = 2 * (self._limit or 1.0) / _BINS
+        if not self._limit:  # nothing but zeros, which lie in a bin that has a width
+            return 0.0, 0.0
+        width = 2 * self._limit / _BINS
         wanted = self._part * below[-1]
         hi = float(self._centres[int((below >= wanted).nonzero()[0])]) + width / 2
         above = self._counts.flip(0).cumsum(0)
@@ -194,8 +196,10 @@ class MseObserver(_Histogram):
         used = self._counts.nonzero()[:, 0]
         if not len(used):
             raise self._nothing()
+        if not self._limit:
+            return 0.0, 0.0
         x, counts = self._centres[used], self._counts[used]
-        half = (self._limit or 1.0) / _BINS
+        half = self._limit / _BINS
         lo, hi = min(float(x[0]) - half, 0.0), max(float(x[-1]) + half, 0.0)
         best, least = (lo, hi), float("inf")
         for i in range(_CANDIDATES, 0, -1):

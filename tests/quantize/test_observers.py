@@ -78,6 +78,7 @@ def test_values_that_are_not_finite_zeros_and_nothing(cls):
     with pytest.raises(ValueError, match="no finite values"):
         observer.range()
     observer.observe(torch.zeros(5))
+    assert observer.range() == (0, 0)
     assert observer.scale(8, symmetric=True)[0] > 0
     observer.observe(torch.tensor([-2.0, torch.nan, 1.0]))
     assert observer.left_out == 3
