@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -130,6 +130,13 @@ def assembled(module: Int8MultiheadAttention, replacements: dict[nn.Module, nn.M
     return module
 
 
+def check_in_place(model: nn.Module, replaced: Collection[nn.Module]) -> None:
+    """Raises ValueError if the model itself is among the modules that are to be replaced in it."""
+    if model in replaced:
+        hint = "a single layer cannot replace itself; use inplace=False and take the result's model"
+        raise ValueError(f"compress: inplace: got True for a model that is one layer, expected False; {hint}")
+
+
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace: bool) -> nn.Module:
     """Returns the model with each key replaced by its value at every place where it stands.
 
@@ -139,9 +146,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module], *, inplace:
         ValueError: in place, and the model itself is to be replaced; or not in place, and it cannot be copied.
     """
     if inplace:
-        if model in replacements:
-            hint = "a single layer cannot replace itself; use inplace=False and take the result's model"
-            raise ValueError(f"compress: inplace: got True for a model that is one layer, expected False; {hint}")
+        check_in_place(model, replacements)
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if child in replacements:

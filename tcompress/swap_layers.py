@@ -80,6 +80,8 @@ def swap_layers(
     required = required and not attentions and not pruned
     matches, skips = match(model, recipe, converted, required, [*prune_skips, *attention_skips], masks)
     del masks
+    if inplace:
+        replace.check_in_place(model, [*(m.module for m in matches), *pruned, *converted])
 
     notes = unmatched(model, recipe, converted)
     if not pruned and any(isinstance(step, Prune) for step in recipe.steps):

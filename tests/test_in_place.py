@@ -168,3 +168,9 @@ def test_it_resumes(tmp_path, steps):
         )
     assert result.report.layers == expected.report.layers
     assert result.report.warnings == expected.report.warnings
+
+
+def test_a_model_that_is_one_layer_is_refused_before_it_is_solved(monkeypatch):
+    monkeypatch.setattr("tcompress.swap_layers.solve", None)
+    with pytest.raises(ValueError, match="inplace: got True for a model that is one layer"):
+        tcompress.compress(nn.Linear(64, 64), {"steps": [GPTQ]}, [torch.randn(4, 64)], inplace=True)
