@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from rich.progress import track
+from torch import nn
 
 from tcompress import memory
 from tcompress.block_places import find_places
 from tcompress.blocks import BlockRunner
-from tcompress.calibrate import evaluating
+from tcompress.calibrate import evaluating, run
 from tcompress.collect import Key
 from tcompress.pair_inputs import Target, collect_readers, report, targets_of
 from tcompress.pairs import fold
@@ -38,7 +40,6 @@ def awq(work: Work, step: AWQ) -> None:
         runner = BlockRunner(model, chains, samples)
         stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
         places = {t: {owner.get(m) for m in t.schemes} for t in targets}
-        rest = [t for t in targets if len(places[t]) > 1 or None in places[t]]
         for stage in track(stages, "scaling", disable=not work.progress, transient=True):
             own = [t for t in targets if places[t] == {stage}]
             inputs = collect_readers(own, partial(runner.run, *stage, False), hessian=True)
@@ -46,9 +47,11 @@ def awq(work: Work, step: AWQ) -> None:
             found += [(target, *_scales(target, inputs)) for target in own]
             del inputs
             memory.trim()
-        if rest:
-            inputs = collect_readers(rest, runner.run_rest, hessian=True)
-            found += [(target, *_scales(target, inputs)) for target in rest]
+        outside = [t for t in targets if places[t] == {None}], runner.run_rest
+        across = [t for t in targets if len(places[t]) > 1], partial(_run_all, model, samples)
+        for own, run_them in (outside, across):
+            inputs = collect_readers(own, run_them, hessian=True) if own else {}
+            found += [(target, *_scales(target, inputs)) for target in own]
     for target, scales, what in found:
         if scales is not None:
             fold(target.pair, scales)
@@ -56,6 +59,11 @@ def awq(work: Work, step: AWQ) -> None:
     kept = sum(scales is None for _, scales, _ in found)
     if kept:
         work.notes.append(f"awq: no scales reduce the error of {kept} of {len(found)} pairs, which stay as they are")
+
+
+def _run_all(model: nn.Module, samples: Sequence[Any]) -> None:
+    for sample in samples:
+        run(model, sample)
 
 
 @torch.no_grad()

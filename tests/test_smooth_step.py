@@ -89,6 +89,40 @@ def test_awq_is_closer(outliers, algorithm):
     assert str(result.report).splitlines()[0].strip() == "4 layers compressed, 4 prepared or trained, 0 skipped"
 
 
+class Fed(nn.Module):
+    """A norm outside of the blocks, with a reader in each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.blocks = nn.ModuleList(Fed.Block() for _ in range(2))
+        with torch.no_grad():
+            self.norm.weight[::9] = 25
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x, context):
+            return x + self.fc(context)
+
+    def forward(self, x):
+        context = self.norm(x)
+        for block in self.blocks:
+            x = block(x, context)
+        return x
+
+
+def test_a_pair_whose_readers_are_in_different_blocks():
+    torch.manual_seed(0)
+    model, data = randomized(Fed()), [torch.randn(8, 10, 32) for _ in range(4)]
+    result = compress(model, data, {"step": "awq"}, W4)
+    (line,) = [layer for layer in result.report.layers if layer.action == "awq"]
+    assert (line.name, line.reason.rpartition(", into ")[2]) == ("norm", "fc, fc")
+    assert change(model, result.model, data[0]) < 0.9 * change(model, compress(model, data, W4).model, data[0])
+
+
 def test_awq_never_takes_a_ratio_that_is_worse(outliers):
     model, data = outliers
     result = compress(model, data, {"step": "awq"}, W4)
