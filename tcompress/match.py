@@ -132,18 +132,23 @@ def match(
 
 
 #: Targets that presets have, whether a model has such modules or not.
-_USUAL = {"Linear", "Conv1D", "Embedding", "*"}
+_USUAL = {"Linear", "Conv1D", "Embedding", "*", "lm_head"}
 
 
 def unmatched(model: nn.Module, recipe: Recipe, converted: Mapping[nn.Module, nn.Module]) -> list[str]:
-    """What there is to say of steps none of whose targets is in the model, misspelt ones for example."""
+    """What there is to say of patterns that mean no module of the model, misspelt ones for example."""
     names = module_names(model, converted)
-    return [
-        f"{step.step}: targets {list(step.targets)} match nothing in the model"
-        for step in recipe.steps
-        if not set(step.targets) <= _USUAL
-        and not any(any_matches(step.targets, paths, module) for module, paths in names.items())
-    ]
+    found: dict[str, None] = {}
+    for step in recipe.steps:
+        for field, patterns in (("targets", step.targets), ("ignore", step.ignore)):
+            unknown = [
+                pattern
+                for pattern in patterns
+                if pattern not in _USUAL and not any(any_matches((pattern,), p, module) for module, p in names.items())
+            ]
+            if unknown:
+                found[f"{step.step}: {field} {unknown} match nothing in the model"] = None
+    return list(found)
 
 
 def why_not(module: nn.Module, scheme: Scheme | None) -> str | None:

@@ -96,6 +96,8 @@ def search_ratios(
         ValueError: as `global_ratios`, or the ratios do not reach the sparsity.
     """
     step = _checked(model, step, "search_ratios")
+    if sensitivity not in ("layer", "output"):
+        raise ValueError(message("search_ratios", "sensitivity", repr(sensitivity), "'layer' or 'output'"))
     layers = _by_weight(model, step)
     errors: dict[_Key, list[float]] = {}
     samples = Samples(_given(data, "search_ratios"), model, tokenizer, max_length).read("search_ratios")

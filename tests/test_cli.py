@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM, LlamaModel
 from typer.testing import CliRunner
 
 import tcompress
@@ -81,6 +81,55 @@ def test_compress_calibrates_on_a_text_file(tmp_path):
     assert "gptq" in result.output
 
 
+def test_a_model_keeps_its_head(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "model")
+    arguments = ["compress", str(tmp_path / "model")]
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "out")]).exit_code == 0
+    assert isinstance(tcompress.load(tmp_path / "out"), LlamaForCausalLM)
+    arguments += [str(tmp_path / "bare"), "--model-class"]
+    assert CliRunner().invoke(app, [*arguments, "AutoModel"]).exit_code == 0
+    assert isinstance(tcompress.load(tmp_path / "bare"), LlamaModel)
+    result = CliRunner().invoke(app, [*arguments, "Lama"])
+    assert result.exit_code == 2
+    assert "model-class: got 'Lama', expected a class of transformers" in result.output
+
+
+def test_a_run_goes_on(tmp_path):
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text("steps: [{scheme: W4A16-g32, algorithm: gptq}]")
+    arguments = ["compress", bert_folder(tmp_path), str(tmp_path / "out"), "--recipe", str(recipe)]
+    arguments += ["--data", str(tmp_path / "text.txt"), "--resume", str(tmp_path / "kept")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (tmp_path / "kept" / "run.json").exists()
+
+
+@pytest.mark.parametrize("case", ["file", "source", "recipe", "step", "data"])
+def test_errors_are_a_line(tmp_path, monkeypatch, case):
+    source, out, more = bert_folder(tmp_path), tmp_path / "out", []
+    monkeypatch.setattr(tcompress, "compress", None)  # all of it is found before
+    if case == "file":
+        out = tmp_path / "text.txt"
+        problem = "expected another folder"
+    elif case == "source":
+        out, problem = tmp_path / "model", "the model's own folder, expected another folder"
+    elif case == "recipe":
+        more, problem = ["--recipe", "int9"], "int9"
+    elif case == "step":
+        (tmp_path / "r.yaml").write_text("steps: [{step: quantise, scheme: W8A8}]")
+        more, problem = ["--recipe", str(tmp_path / "r.yaml")], "quantise"
+    else:
+        more, problem = ["--data", str(tmp_path / "nothing.txt")], "nothing.txt"
+    before = (tmp_path / "text.txt").read_text()
+    result = CliRunner().invoke(app, ["compress", source, str(out), *more])
+    assert result.exit_code == 2
+    assert result.output.startswith("tcompress: ")
+    assert problem in result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "text.txt").read_text() == before
+
+
 def test_estimate(tmp_path):
     arguments = ["estimate", bert_folder(tmp_path), "--data", str(tmp_path / "text.txt"), "--recipe"]
     recipe = tmp_path / "gptq.yaml"
@@ -90,8 +139,8 @@ def test_estimate(tmp_path):
     assert "7 layers, 2 samples: about " in result.output
     assert "peak" in result.output
     result = CliRunner().invoke(app, [*arguments, str(recipe), "--max-memory", "1 kB"])
-    assert result.exit_code == 1
-    assert str(result.exception).startswith("compress: max_memory: got 1.0 kB, expected at least ")
+    assert result.exit_code == 2
+    assert "tcompress: compress: max_memory: got 1.0 kB, expected at least " in result.output
 
 
 def test_advise(tmp_path):

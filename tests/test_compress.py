@@ -297,6 +297,33 @@ def test_targets_that_match_nothing_are_told():
         tcompress.compress(model, {"steps": transform}, torch.randn(4, 8))
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"targets": ["0", "kproj"]}, "targets ['kproj']"),
+        ({"ignore": ["lm_haed", "1"]}, "ignore ['lm_haed']"),
+        ({"ignore": ["lm_head"]}, None),
+    ],
+)
+def test_each_pattern_that_matches_nothing_is_told(fields, told):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressionWarning)
+        report = tcompress.compress(model, {"steps": [{"scheme": "W8A8", **fields}]}).report
+    assert [note for note in report.warnings if "match nothing" in note] == (
+        [f"quantize: {told} match nothing in the model"] if told else []
+    )
+
+
+def test_a_layer_that_several_steps_change_counts_once():
+    model, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(8, 32)
+    train = {"step": "distill", "steps": 1, "losses": ["cosine"]}
+    steps = [{"step": "prune", "sparsity": 0.5}, train, {"scheme": "W8A8"}]
+    report = tcompress.compress(model, {"steps": steps}, data).report
+    assert len(report.compressed) == 5
+    assert report.counts == "2 layers compressed, 1 prepared or trained, 0 skipped"
+
+
 def test_resume_without_anything_to_keep_is_told(tmp_path):
     with pytest.warns(CompressionWarning, match="resume: no step of this recipe keeps what it has finished there"):
         tcompress.compress(nn.Sequential(nn.Linear(8, 8)), {"steps": [{"scheme": "W8A8"}]}, resume=tmp_path / "run")

@@ -152,6 +152,11 @@ def test_of_text(function):
         function(model, step, ["text"])
 
 
+def test_an_unknown_sensitivity():
+    with pytest.raises(ValueError, match="search_ratios: sensitivity: got 'outputs', expected 'layer' or 'output'"):
+        tcompress.search_ratios(nn.Sequential(nn.Linear(32, 32)), STEP, torch.randn(4, 32), sensitivity="outputs")
+
+
 @pytest.mark.parametrize("step", [{**STEP, "algorithm": "wanda"}, {"pattern": "2:4"}])
 def test_what_cannot_be_ranked(step):
     with pytest.raises(ValueError, match="scope: got 'model' with"):

@@ -22,6 +22,7 @@ from tcompress.advisor.profile import Profile, kernel_seconds, name_of, profile
 from tcompress.advisor.target import Target
 from tcompress.compress import CompressResult, compress
 from tcompress.errors import CompressionWarning, message
+from tcompress.layer_report import NO_SPEEDUP
 from tcompress.match import output_embeddings
 from tcompress.quantize.scheme import SCHEMES, Scheme, int8_scheme
 from tcompress.report.size import model_sizes
@@ -206,7 +207,7 @@ def _try(bench: _Bench, candidate: Candidate) -> tuple[Measured, CompressResult 
         speedup=speedup,
         quality=quality,
         loss=_loss(quality, bench.baseline.quality, bench.maximize),
-        reason=f"{candidate.why}. {_worst(result)}".rstrip(),
+        reason=" ".join((f"{candidate.why}.", *_dense(result), _worst(result))).rstrip(),
     )
     missed = (*misses(row, bench.target), *misses_in_quality(row, bench.target, bench.maximize))
     return row.model_copy(update={"misses": missed}), result
@@ -241,6 +242,11 @@ def _worst(result: CompressResult) -> str:
     return f"Most is lost in {name} ({errors[name]:.1f} dB)."
 
 
+def _dense(result: CompressResult) -> list[str]:
+    """What the report says of zeros that bring no speed."""
+    return [f"{note.capitalize()}." for note in result.report.warnings if NO_SPEEDUP in note]
+
+
 def _with_reasons(rows: Sequence[Measured], baseline: Measured) -> tuple[Measured, ...]:
     by_name: Mapping[str, Measured] = {row.name: row for row in rows}
     return tuple(
@@ -273,6 +279,8 @@ def _notes(about: Profile, baseline: Measured) -> list[str]:
         f"embeddings; {about.zeros:.0%} of the linear layers' weights is zero"
     ]
     # On other devices calls return before they are done, so that one layer's time is not that of its call.
+    if baseline.quality is None:
+        found.append("what recipes cost in quality was not measured: give data, or a metric")
     if about.calls and baseline.seconds and about.cpu_dtype in _FLOATS:
         schemes: list[Scheme] = [int8_scheme(), SCHEMES["W4A8-g32"], SCHEMES["W4A16-g64"]]
         times = kernel_seconds(about.calls, schemes, dtype=about.cpu_dtype)

@@ -98,10 +98,7 @@ def run(console: Console | None = None, seconds: float = 3.0) -> DemoResult:
     data = dict(tokenizer(list(CALIBRATION), padding=True, return_tensors="pt"))
     result = tcompress.compress(model, "int8", data)
     report = result.report
-    console.print(
-        f"{len(report.compressed)} layers compressed, {len(report.skipped)} skipped; "
-        f"cosine of the output to float32: {report.output_cosine:.5f}"
-    )
+    console.print(f"{report.counts}; cosine of the output to float32: {report.output_cosine:.5f}")
     with console.status("measuring accuracy"):
         metrics = _metrics((model, result.model), tokenizer)
     with console.status("measuring latency, float32 and int8 in turn"):

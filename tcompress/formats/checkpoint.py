@@ -82,7 +82,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         raise TypeError(message("save", "model", type(model).__name__, "a torch.nn.Module"))
     modules = _describe_modules(model)
     if not any(map(_is_compressed, model.modules())) and not is_marked(model):
-        hint = "use tcompress.compress first, or safetensors for a plain model"
+        hint = "keep torch's own modules (also pruned or trained ones) by model.save_pretrained or torch.save"
         raise ValueError(message("save", "model", "one without compressed modules", "a compressed model", hint))
     if "" in modules:
         hint = "wrap it in torch.nn.Sequential"

@@ -91,6 +91,15 @@ class Report(BaseModel):
         """The targeted modules that were left as they are."""
         return tuple(layer for layer in self.layers if layer.action == "skipped")
 
+    @property
+    def counts(self) -> str:
+        """How many layers are in each of these, in words; one that several steps changed is one."""
+        prepared = {layer.name for layer in self.prepared}
+        made = {layer.name for layer in self.compressed if layer not in self.prepared}
+        counts = [f"{len(made)} layers compressed", f"{len({layer.name for layer in self.skipped} - made)} skipped"]
+        counts[1:1] = [f"{len(prepared)} prepared or trained"] if prepared else []
+        return ", ".join(counts)
+
     def to_json(self, indent: int | None = 2) -> str:
         """JSON text; an infinite ratio is the string "inf"."""
         return self.model_dump_json(indent=indent)
@@ -118,10 +127,7 @@ class Report(BaseModel):
         return text.getvalue().rstrip("\n")
 
     def _layer_table(self) -> Table:
-        ready = len(self.prepared)
-        counts = [f"{len(self.compressed) - ready} layers compressed", f"{len(self.skipped)} skipped"]
-        counts[1:1] = [f"{ready} prepared or trained"] if ready else []
-        table = Table(title=", ".join(counts))
+        table = Table(title=self.counts)
         for heading in ("layer", "type", "shape", "action"):
             table.add_column(heading, overflow="fold")
         for heading in ("zeros", "MiB", "weight SQNR dB", "output SQNR dB"):

@@ -81,6 +81,7 @@ def test_without_data():
     assert all(row.seconds is None and row.quality is None for row in advice.rows)
     assert advice.best is not None
     assert "gptq" not in str(advice)
+    assert "what recipes cost in quality was not measured: give data, or a metric" in advice.notes
     advice = advise(model(), target={"latency": "1 ms", "speedup": 2, "max_loss": 0.1, "metric": 1})
     assert len(advice.rows[0].misses) == 4
 
