@@ -40,6 +40,9 @@ class CompressResult:
     model: nn.Module
     report: Report
 
+    def __repr__(self) -> str:
+        return f"CompressResult({type(self.model).__name__}, {self.report.counts})"
+
 
 @torch.inference_mode(False)  # of its tensors no model could be trained, or compiled, later
 def compress(

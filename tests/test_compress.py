@@ -319,7 +319,9 @@ def test_a_layer_that_several_steps_change_counts_once():
     model, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(8, 32)
     train = {"step": "distill", "steps": 1, "losses": ["cosine"]}
     steps = [{"step": "prune", "sparsity": 0.5}, train, {"scheme": "W8A8"}]
-    report = tcompress.compress(model, {"steps": steps}, data).report
+    result = tcompress.compress(model, {"steps": steps}, data)
+    report = result.report
+    assert repr(result) == "CompressResult(Sequential, 2 layers compressed, 1 prepared or trained, 0 skipped)"
     assert len(report.compressed) == 5
     assert report.counts == "2 layers compressed, 1 prepared or trained, 0 skipped"
 

@@ -306,3 +306,14 @@ def test_algorithms():
     assert "steps.0.algorithm: got 'gptq', expected it in a step with a scheme only" in error_of(
         {"steps": [{"step": "quantize", "attention": "int8", "algorithm": "gptq"}]}
     )
+
+
+def test_a_misspelt_field_is_named_with_the_one_that_is_like_it():
+    with pytest.raises(ValueError, match="steps.0.algoritm: got an unknown field, expected no such field; algorithm.$"):
+        Recipe.load({"steps": [{"scheme": "W8A8", "algoritm": "gptq"}]})
+    with pytest.raises(ValueError, match="dict: step: got an unknown field, expected no such field; steps.$"):
+        Recipe.load({"steps": [{"scheme": "W8A8"}], "step": []})
+    with pytest.raises(ValueError, match="the dict: steps: got finetune without quantize"):
+        Recipe.load({"steps": [{"step": "finetune"}]})
+    with pytest.raises(ValueError, match=r"steps.0.losses: got \[\], expected at least 1$"):
+        Recipe.load({"steps": [{"step": "distill", "losses": []}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from importlib import resources
 from pathlib import Path
@@ -42,8 +43,8 @@ STEPS: tuple[type[Step], ...] = (
     LowRank,
     Finetune,
 )
-_KINDS = tuple(kind.model_fields["step"].default for kind in STEPS)
-_ANY_KIND = ", ".join(map(repr, _KINDS[:-1])) + f" or {_KINDS[-1]!r}"
+_KINDS: dict[str, type[Step]] = {kind.model_fields["step"].default: kind for kind in STEPS}
+_ANY_KIND = " or ".join(", ".join(map(repr, _KINDS)).rsplit(", ", 1))
 
 
 def _kind(step: Any) -> str | None:
@@ -190,12 +191,22 @@ def _problem(error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{place}: got {reprlib.repr(error['input'])}, expected a step: a mapping"
     if error["type"] == "value_error":  # raised by a validator of ours, in our form
-        return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+        said = error["msg"].removeprefix("Value error, ").removeprefix("Recipe: ")
+        return f"{place}: {said}" if place and not said.startswith(f"{place}: ") else said
     if error["type"] == "missing":
         return f"{place}: got nothing, expected a value"
     if error["type"] == "extra_forbidden":
-        return f"{place}: got an unknown field, expected no such field"
+        *_, kind, field = ("", *error["loc"])
+        close = difflib.get_close_matches(str(field), _fields_of(kind), 1)
+        return f"{place}: got an unknown field, expected no such field" + (f"; {close[0]}?" if close else "")
+    if error["type"] == "too_short":
+        return f"{place}: got {reprlib.repr(error['input'])}, expected at least {error['ctx']['min_length']}"
     return f"{place}: got {reprlib.repr(error['input'])}, expected {error['msg'].removeprefix('Input should be ')}"
+
+
+def _fields_of(kind: Any) -> list[str]:
+    """Of a kind of step, or of a recipe."""
+    return list(_KINDS[kind].model_fields if kind in _KINDS else Recipe.model_fields)
 
 
 def presets() -> list[str]:
