@@ -196,8 +196,8 @@ def _problem(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{place}: got nothing, expected a value"
     if error["type"] == "extra_forbidden":
-        *_, kind, field = ("", *error["loc"])
-        close = difflib.get_close_matches(str(field), _fields_of(kind), 1)
+        loc = error["loc"]
+        close = difflib.get_close_matches(str(loc[-1]), _fields_of(loc[-2] if len(loc) > 1 else None), 1)
         return f"{place}: got an unknown field, expected no such field" + (f"; {close[0]}?" if close else "")
     if error["type"] == "too_short":
         return f"{place}: got {reprlib.repr(error['input'])}, expected at least {error['ctx']['min_length']}"
