@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import nn
 
 from tcompress.block_places import find_places
@@ -22,6 +21,7 @@ from tcompress.errors import message
 from tcompress.footprint import measure
 from tcompress.in_place import InPlace
 from tcompress.layer_job import Job, Key, Solution, Written, jobs_of
+from tcompress.layer_progress import LayerProgress, layer_progress
 from tcompress.match import Match
 from tcompress.match_attention import holding
 from tcompress.memory import trim
@@ -109,9 +109,11 @@ def solve(
             within = plan(max_memory, needs_of(jobs, owner, measured, samples))
         if within.on_disk:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="tcompress-")))
-        run = _Run(model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians, early)
-        stages = [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]
-        for stage in track(stages, "calibrating", disable=not progress, transient=True):
+        bar = stack.enter_context(layer_progress(len(jobs), progress))
+        run = _Run(
+            model, chains, samples, jobs, recipe.inputs, notes, store, inplace, folder, within.hessians, early, bar
+        )
+        for stage in [(c, b) for c, chain in enumerate(chains) for b in range(len(chain))]:
             run.block(*stage, [job for job in jobs if owner.get(job.module) == stage])
         run.rest([job for job in jobs if job.module not in owner])
     notes += _without_bias(jobs)
@@ -138,8 +140,11 @@ class _Run:
         folder: Path | None = None,
         limit: int | None = None,
         early: InPlace | None = None,
+        bar: LayerProgress | None = None,
     ) -> None:
         self._inplace = inplace
+        self._bar = LayerProgress(None, len(jobs)) if bar is None else bar
+        self._names = {module: name for name, module in model.named_modules()}
         self._folder, self._limit, self._early = folder, limit, early
         self._output_sqnr: dict[Key, float] = {}
         self.solved: dict[Key, Solution] = {}
@@ -163,6 +168,7 @@ class _Run:
                     for job in jobs:
                         self._replace(replaced, job)
                 self._run_on(chain, block, jobs)
+            self._bar.done(jobs, self._names[module], kept=True)
             self._done_with(jobs)
             return
         together = [job for job in jobs if job.by_block]
@@ -187,13 +193,16 @@ class _Run:
                 finally:
                     hook.remove()
                 targets = self._original.outputs(chain)
-                self.solved |= solve_block(module, together, for_together, calls, targets)
+                learned, *losses = solve_block(module, together, for_together, calls, targets)
+                self.solved |= learned
+                self._bar.learned(*losses)
                 if not original:
                     for job in together:
                         self._replace(replaced, job)
             if not (original and together):
                 self._run_on(chain, block, jobs)
         self._keep(stage, jobs, noted)
+        self._bar.done(jobs, self._names[module])
         self._done_with(jobs)
 
     def _run_on(self, chain: int, block: int, jobs: list[Job]) -> None:
@@ -232,6 +241,7 @@ class _Run:
         noted = len(self._notes)
         if self._restored("rest", jobs):
             self._forget_copies(jobs)
+            self._bar.done(jobs, "outside of blocks", kept=True)
             return
         for job in jobs:
             if job.by_block:
@@ -244,6 +254,7 @@ class _Run:
                 self._forget_copies([job for job in own if not job.only_prunes])
             self._solve(jobs, {})
             self._keep("rest", jobs, noted)
+            self._bar.done(jobs, "outside of blocks" if self._chains else "all layers")
             self._forget_copies(jobs)
 
     def _written(self, job: Job, found: Solution) -> Solution:
@@ -324,9 +335,13 @@ class _Run:
                 self.solved[job.key] = solve_layer(job, found)
             except ValueError as error:
                 raise ValueError(f"compress: {job.name}: {error}") from error
-            if self._inplace and job.only_prunes and found is not None and found.hessian is not None:
+            written, sqnr = self._inplace and job.only_prunes, None
+            if (written or self._bar.shown) and found is not None and found.hessian is not None:
                 before, after = linear_weight(job.module).detach(), self.solved[job.key].weight
-                self._output_sqnr[job.key] = output_sqnr_db(before, after, found.hessian)
+                sqnr = output_sqnr_db(before, after, found.hessian)
+                if written:
+                    self._output_sqnr[job.key] = sqnr
+            self._bar.solved(job.name, sqnr)
 
     def _forget_copies(self, jobs: Collection[Job]) -> None:
         """Of quantized layers the integers are enough, of pruned ones the weight; in place, these need nothing more."""

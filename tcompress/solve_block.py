@@ -62,7 +62,7 @@ def solve_block(
     statistics: Mapping[Key, InputStatistics],
     calls: Calls,
     targets: Kept,
-) -> dict[Key, Solution]:
+) -> tuple[dict[Key, Solution], float, float]:
     """Learns the rounding of a block's layers (`quantize.autoround`): mean squared error of the block's first output
     to that of the original block behind original blocks.
 
@@ -72,6 +72,9 @@ def solve_block(
         statistics: of layers that begin with GPTQ's solution, or whose pruning needs them.
         calls: of the compressed model.
         targets: what the original block returned, by call.
+
+    Returns:
+        Solutions by layer, and the mean loss at the beginning and at the end.
 
     Raises:
         ValueError: what the algorithm raises, with a layer's name.
@@ -96,12 +99,12 @@ def solve_block(
 
         iterations = jobs[0].quantize.iterations if jobs[0].quantize is not None else None
         assert iterations is not None
-        autoround([begins[key][0] for key in keys], loss, len(calls), iterations)
+        first, least = autoround([begins[key][0] for key in keys], loss, len(calls), iterations)
     solved = {}
     for key in keys:
         packed = begins[key][0].packed()
         solved[key] = Solution(packed.dequantize(), begins[key][1], packed)
-    return solved
+    return solved, first, least
 
 
 def _begin(job: Job, statistics: InputStatistics | None) -> tuple[RoundedWeight, torch.Tensor | None]:
