@@ -122,7 +122,7 @@ def test_propagation():
         new.down.weight.data = down
         x, before = new(x), old(before)
     assert_alike(got, model)
-    with pytest.raises(ValueError, match="Recipe: inputs: got 'original', expected 'compressed'"):
+    with pytest.raises(ValueError, match="Recipe: the dict: inputs: got 'original', expected 'compressed'"):
         compress(stack(), {**GPTQ, "propagation": 0.5}, data=samples(), inputs="original")
 
 
